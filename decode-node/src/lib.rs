@@ -1,0 +1,1 @@
+//! Owns a request's life: receives KV, batches, streams tokens.

@@ -1,0 +1,1 @@
+//! Discrete-event cluster simulator over the real placement, admission and eviction code.

@@ -1,0 +1,1 @@
+//! One-sided memory transfers: the transport trait, built-in TCP, and a deterministic in-memory transport.

@@ -1,0 +1,29 @@
+//! The words that every part of Perigee shares: ids, block hashes, the KV layout, SLOs, sampling
+//! parameters and error codes.
+//!
+//! Architecture invariant: this crate is pure. It has no async code, does no I/O, reads no clock and
+//! imports nothing else of the workspace, so every decision that is made in these terms can be
+//! replayed.
+
+pub mod block;
+pub mod error;
+pub mod hash;
+pub mod ids;
+pub mod latency;
+pub mod layout;
+pub mod member;
+pub mod memory;
+pub mod sampling;
+
+pub use block::{BlockDescriptor, BlockEvent, Checksum, Generation, LogEntry, Tier};
+pub use error::{Error, ErrorCode};
+pub use hash::{BlockHash, KvSpace};
+pub use ids::{BlockId, Epoch, LeaseId, NodeId, RequestId, TransferId};
+pub use latency::{Millis, Slo};
+pub use layout::{KvDtype, KvLayout};
+pub use member::{LoadReport, NodeRecord, Role};
+pub use memory::{Memory, MemoryKind};
+pub use sampling::{FinishReason, SamplingParams, TokenLogprob};
+
+/// A token id of the model's vocabulary.
+pub type Token = u32;

@@ -1,0 +1,1 @@
+//! Raw UCX bindings, loaded at run time.

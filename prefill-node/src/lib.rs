@@ -1,0 +1,1 @@
+//! Turns prompts into KV blocks and a first token.

@@ -1,0 +1,1 @@
+//! Front door, tokenising, prefix index, placement, admission.

@@ -1,0 +1,1 @@
+//! Whole-cluster tests: e2e, golden, chaos, tidy.
