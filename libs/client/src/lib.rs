@@ -1,1 +1,19 @@
 //! Typed async client of every service.
+//!
+//! Invariant: every unary call ends within a deadline, and every error is a [`types::Error`], also that of a broken
+//! connection. What a peer says is checked here, so callers work with domain types only.
+//!
+//! Elsewhere: connections (`node::channel`), retries and placement (the callers: only they know what is safe to
+//! repeat).
+
+mod call;
+mod decode;
+mod inference;
+mod node;
+mod store;
+
+pub use call::UNARY_DEADLINE;
+pub use decode::{Decode, DecodeEvent, DecodeStream};
+pub use inference::{ClusterStatus, GenerateEvent, GenerateStream, Inference, NodeStatus};
+pub use node::{LoadStream, Node, NodeInfo};
+pub use store::{Acquired, LogBatch, LogStream, RemoteBlock, RemoteRegion, Reserved, Store, StoreStats};

@@ -1,0 +1,103 @@
+//! What every node says of itself.
+
+use std::time::Duration;
+
+use proto::v1;
+use proto::v1::node_client::NodeClient;
+use tonic::Streaming;
+use tonic::transport::Channel;
+use types::{Error, LoadReport, NodeRecord};
+
+use crate::call::{self, UNARY_DEADLINE};
+
+/// Client of `perigee.v1.Node`. Clones share the connection.
+#[derive(Debug, Clone)]
+pub struct Node {
+    client: NodeClient<Channel>,
+    deadline: Duration,
+}
+
+/// Who a node is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NodeInfo {
+    /// Its entry in the registry.
+    pub record: NodeRecord,
+    /// The version of its program.
+    pub version: String,
+}
+
+impl Node {
+    /// Calls over `channel`.
+    pub fn new(channel: Channel) -> Self {
+        Self {
+            client: NodeClient::new(channel).max_decoding_message_size(proto::MESSAGE_BYTES_MAX),
+            deadline: UNARY_DEADLINE,
+        }
+    }
+
+    /// Gives unary calls, and the opening of streams, another deadline.
+    #[must_use]
+    pub fn with_deadline(self, deadline: Duration) -> Self {
+        Self { deadline, ..self }
+    }
+
+    /// Asks who the node is.
+    ///
+    /// # Errors
+    ///
+    /// The node cannot be reached in time, or its record cannot be read.
+    pub async fn info(&self) -> Result<NodeInfo, Error> {
+        let mut client = self.client.clone();
+        let request = call::request(v1::InfoRequest {}, self.deadline);
+        let response = call::unary("Node/Info", self.deadline, client.info(request)).await?;
+        Ok(NodeInfo {
+            record: proto::convert::record(&response.record_json)?,
+            version: response.version,
+        })
+    }
+
+    /// Follows the node's load: a report at once, then one per `interval`; zero takes the node's own.
+    ///
+    /// # Errors
+    ///
+    /// The node cannot be reached in time.
+    pub async fn watch_load(&self, interval: Duration) -> Result<LoadStream, Error> {
+        let mut client = self.client.clone();
+        let interval_ms = u64::try_from(interval.as_millis()).unwrap_or(u64::MAX);
+        let request = v1::WatchLoadRequest { interval_ms };
+        let stream = call::unary(LoadStream::METHOD, self.deadline, client.watch_load(request)).await?;
+        Ok(LoadStream { stream })
+    }
+
+    /// Tells the node to finish what it has and to take nothing new. Does not wait for the end of that.
+    ///
+    /// # Errors
+    ///
+    /// The node cannot be reached in time.
+    pub async fn drain(&self) -> Result<(), Error> {
+        let mut client = self.client.clone();
+        let request = call::request(v1::DrainRequest {}, self.deadline);
+        call::unary("Node/Drain", self.deadline, client.drain(request)).await?;
+        Ok(())
+    }
+}
+
+/// Reports of one node.
+#[derive(Debug)]
+pub struct LoadStream {
+    stream: Streaming<v1::LoadReport>,
+}
+
+impl LoadStream {
+    const METHOD: &str = "Node/WatchLoad";
+
+    /// The next report; `None` when the node ends the stream because it shuts down. Cancel safe.
+    ///
+    /// # Errors
+    ///
+    /// The connection broke.
+    pub async fn next(&mut self) -> Result<Option<LoadReport>, Error> {
+        let report = call::next(Self::METHOD, &mut self.stream, None).await?;
+        Ok(report.as_ref().map(proto::convert::load))
+    }
+}

@@ -1,0 +1,139 @@
+//! The `perigee.v1.Node` service: what every node says of itself.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::{Stream, stream};
+use proto::v1;
+use proto::v1::node_server::{Node, NodeServer};
+use tokio::time::{Interval, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+use types::{LoadReport, NodeRecord};
+
+/// Between two reports where the watcher asks for nothing else. The router adds what it placed itself meanwhile.
+pub const REPORT_INTERVAL: Duration = Duration::from_millis(100);
+/// A watcher that asks for more gets this: reports must stay cheap beside an engine step.
+pub const REPORT_INTERVAL_MIN: Duration = Duration::from_millis(10);
+/// A watcher that asks for less gets this.
+pub const REPORT_INTERVAL_MAX: Duration = Duration::from_secs(60);
+
+/// Where reports come from. Called once per interval and watcher, so it must neither block nor wait.
+pub trait LoadSource: Send + Sync + 'static {
+    /// How busy the node is now. `sequence` is filled in by the service.
+    fn load(&self) -> LoadReport;
+}
+
+/// The service of one node. Clones are one and the same.
+#[derive(Clone)]
+pub struct NodeService {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    record: NodeRecord,
+    source: Arc<dyn LoadSource>,
+    drain: Box<dyn Fn() + Send + Sync>,
+    shutdown: CancellationToken,
+    /// Shared by all watchers, so that a report's number is unique in the epoch.
+    sequence: AtomicU64,
+}
+
+impl fmt::Debug for NodeService {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NodeService")
+            .field("record", &self.shared.record)
+            .finish()
+    }
+}
+
+impl NodeService {
+    /// A service for the node that `record` describes. `drain` is called for every `Drain`, so it must bear being called
+    /// again; it only starts the draining. Watchers' streams end at `shutdown`, or nothing could drain.
+    pub fn new(
+        record: NodeRecord,
+        source: Arc<dyn LoadSource>,
+        drain: impl Fn() + Send + Sync + 'static,
+        shutdown: CancellationToken,
+    ) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                record,
+                source,
+                drain: Box::new(drain),
+                shutdown,
+                sequence: AtomicU64::new(0),
+            }),
+        }
+    }
+
+    /// The service in the form that a server takes.
+    pub fn server(&self) -> NodeServer<Self> {
+        NodeServer::new(self.clone())
+    }
+
+    fn report(&self) -> LoadReport {
+        LoadReport {
+            sequence: self.shared.sequence.fetch_add(1, Ordering::Relaxed) + 1,
+            ..self.shared.source.load()
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Node for NodeService {
+    async fn info(&self, _: Request<v1::InfoRequest>) -> Result<Response<v1::InfoResponse>, Status> {
+        Ok(Response::new(v1::InfoResponse {
+            record_json: proto::convert::record_to_json(&self.shared.record),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }))
+    }
+
+    type WatchLoadStream = Pin<Box<dyn Stream<Item = Result<v1::LoadReport, Status>> + Send>>;
+
+    async fn watch_load(
+        &self,
+        request: Request<v1::WatchLoadRequest>,
+    ) -> Result<Response<Self::WatchLoadStream>, Status> {
+        let interval = report_interval(request.get_ref().interval_ms);
+        let reports = stream::unfold((self.clone(), interval), next_report);
+        Ok(Response::new(Box::pin(reports)))
+    }
+
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        (self.shared.drain)();
+        Ok(Response::new(v1::DrainResponse {}))
+    }
+}
+
+async fn next_report(
+    (service, mut interval): (NodeService, Interval),
+) -> Option<(Result<v1::LoadReport, Status>, (NodeService, Interval))> {
+    tokio::select! {
+        // A node that ends says so rather than reporting once more.
+        biased;
+        () = service.shared.shutdown.cancelled() => None,
+        _ = interval.tick() => {
+            let report = proto::convert::load_to_wire(&service.report());
+            Some((Ok(report), (service, interval)))
+        }
+    }
+}
+
+/// The first tick is at once.
+fn report_interval(asked_ms: u64) -> Interval {
+    let interval = match asked_ms {
+        0 => REPORT_INTERVAL,
+        asked => Duration::from_millis(asked).clamp(REPORT_INTERVAL_MIN, REPORT_INTERVAL_MAX),
+    };
+    let mut interval = tokio::time::interval(interval);
+    // A slow watcher gets the newest report, not a burst of late ones.
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
+#[cfg(test)]
+pub(crate) mod tests;
