@@ -1,0 +1,322 @@
+//! Which memory is registered, what peers may do with it, and the fence.
+//!
+//! Invariant: whoever moves bytes for a peer does so inside [`Grant::touch`], and `touch` runs nothing once
+//! [`Grant::close`] has begun; `close` returns when the last `touch` has. Because a `touch` is one system call
+//! that does not wait, or one copy, closing takes microseconds and depends on no peer.
+//!
+//! Elsewhere: the moving itself (`cursor.rs`, `mem.rs`).
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use types::{Memory, MemoryKind};
+
+use crate::{RegionId, TransferError};
+
+/// A node has one pool, and perhaps a few staging areas.
+const REGIONS_MAX: usize = 1024;
+/// One grant per handoff or fetch in progress; far beyond what a pool has blocks for.
+const GRANTS_MAX: usize = 1 << 16;
+/// Ranges of one grant: more than the blocks times layers of the longest context.
+const RANGES_PER_GRANT_MAX: usize = 1 << 18;
+
+/// What a peer may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// The peer writes to our memory.
+    Write,
+    /// The peer reads our memory.
+    Read,
+}
+
+/// Why a peer's request is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refused {
+    /// The grant does not allow this direction.
+    Denied,
+    /// The slice at this position leaves the granted ranges.
+    OutOfRange { slice: usize },
+}
+
+/// One right on one region.
+pub(crate) struct Grant {
+    memory: Arc<dyn Memory>,
+    region: RegionId,
+    access: Access,
+    /// Held for reading while memory is touched, for writing to close.
+    closed: RwLock<bool>,
+}
+
+enum Access {
+    ReadAll,
+    /// Sorted, disjoint, not adjacent, none empty.
+    Write(Vec<Range<u64>>),
+}
+
+impl Grant {
+    pub(crate) fn memory(&self) -> &Arc<dyn Memory> {
+        &self.memory
+    }
+
+    /// Whether all of `slices`, given as offset and length, are covered.
+    pub(crate) fn admit(
+        &self,
+        direction: Direction,
+        slices: impl IntoIterator<Item = (u64, u64)>,
+    ) -> Result<(), Refused> {
+        let covered: &dyn Fn(u64, u64) -> bool = match (&self.access, direction) {
+            (Access::ReadAll, Direction::Read) => {
+                let bytes = self.memory.len() as u64;
+                &move |_, end| end <= bytes
+            }
+            (Access::Write(ranges), Direction::Write) => &|start, end| {
+                let after = ranges.partition_point(|range| range.start <= start);
+                after > 0 && end <= ranges[after - 1].end
+            },
+            (Access::ReadAll, Direction::Write) | (Access::Write(_), Direction::Read) => {
+                return Err(Refused::Denied);
+            }
+        };
+        for (position, (offset, len)) in slices.into_iter().enumerate() {
+            if offset.checked_add(len).is_none_or(|end| !covered(offset, end)) {
+                return Err(Refused::OutOfRange { slice: position });
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs `move_bytes` if the grant is open, and keeps it open until that returns. `move_bytes` must not wait.
+    pub(crate) fn touch<R>(&self, move_bytes: impl FnOnce() -> R) -> Option<R> {
+        let closed = self.closed.read().unwrap_or_else(PoisonError::into_inner);
+        (!*closed).then(move_bytes)
+    }
+
+    fn close(&self) {
+        *self.closed.write().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+}
+
+/// How keys of grants are made: all different in any case.
+pub(crate) enum Keys {
+    /// Not guessable: knowing one key says nothing about another one.
+    Secret(RandomState),
+    /// 1, 2, 3, … for reproducible runs.
+    Counted,
+}
+
+impl Keys {
+    /// The key of the `count`th grant. A Feistel network is a permutation, whatever its round function is,
+    /// so keys never repeat.
+    fn key(&self, count: u64) -> u64 {
+        match self {
+            Self::Counted => count,
+            Self::Secret(secret) => {
+                let (mut left, mut right) = ((count >> 32) as u32, count as u32);
+                for round in 0..4_u32 {
+                    let mixed = secret.hash_one((round, right)) as u32;
+                    (left, right) = (right, left ^ mixed);
+                }
+                u64::from(left) << 32 | u64::from(right)
+            }
+        }
+    }
+}
+
+/// All regions and grants of a transport.
+pub(crate) struct RegionTable {
+    keys: Keys,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    regions: HashMap<RegionId, Region>,
+    grants: HashMap<u64, Arc<Grant>>,
+    regions_made: u64,
+    grants_made: u64,
+    closed: bool,
+}
+
+struct Region {
+    memory: Arc<dyn Memory>,
+    /// The key under which all of it may be read, while that is open.
+    read_key: Option<u64>,
+}
+
+impl RegionTable {
+    pub(crate) fn new(keys: Keys) -> Self {
+        Self {
+            keys,
+            inner: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn register(&self, memory: Arc<dyn Memory>) -> Result<RegionId, TransferError> {
+        match memory.kind() {
+            MemoryKind::Host => {}
+            kind @ MemoryKind::Device(_) => return Err(TransferError::UnsupportedMemory { kind }),
+        }
+        let mut inner = self.open_inner()?;
+        if inner.regions.len() >= REGIONS_MAX {
+            return Err(TransferError::Full {
+                what: "regions",
+                limit: REGIONS_MAX,
+            });
+        }
+        inner.regions_made += 1;
+        let region = RegionId(inner.regions_made);
+        let read_key = None;
+        inner.regions.insert(region, Region { memory, read_key });
+        Ok(region)
+    }
+
+    pub(crate) fn unregister(&self, region: RegionId) {
+        let mut inner = self.inner();
+        inner.regions.remove(&region);
+        let gone: Vec<_> = inner
+            .grants
+            .extract_if(|_, grant| grant.region == region)
+            .collect();
+        drop(inner);
+        gone.iter().for_each(|(_, grant)| grant.close());
+    }
+
+    /// The memory behind a region, for local use.
+    pub(crate) fn memory(&self, region: RegionId) -> Result<Arc<dyn Memory>, TransferError> {
+        let inner = self.open_inner()?;
+        let entry = inner.regions.get(&region);
+        let memory = entry.map(|entry| entry.memory.clone());
+        memory.ok_or(TransferError::UnknownRegion { region })
+    }
+
+    pub(crate) fn expose_read(&self, region: RegionId) -> Result<u64, TransferError> {
+        let mut inner = self.open_inner()?;
+        let entry = inner.regions.get(&region);
+        let entry = entry.ok_or(TransferError::UnknownRegion { region })?;
+        if let Some(key) = entry.read_key {
+            return Ok(key);
+        }
+        let memory = entry.memory.clone();
+        let key = self.grant(&mut inner, region, memory, Access::ReadAll)?;
+        if let Some(entry) = inner.regions.get_mut(&region) {
+            entry.read_key = Some(key);
+        }
+        Ok(key)
+    }
+
+    pub(crate) fn grant_write(
+        &self,
+        region: RegionId,
+        ranges: Vec<Range<u64>>,
+    ) -> Result<u64, TransferError> {
+        if ranges.len() > RANGES_PER_GRANT_MAX {
+            return Err(TransferError::Full {
+                what: "ranges of one grant",
+                limit: RANGES_PER_GRANT_MAX,
+            });
+        }
+        let mut inner = self.open_inner()?;
+        let entry = inner.regions.get(&region);
+        let entry = entry.ok_or(TransferError::UnknownRegion { region })?;
+        let memory = entry.memory.clone();
+        let region_bytes = memory.len() as u64;
+        if let Some(range) = ranges
+            .iter()
+            .find(|range| range.start > range.end || range.end > region_bytes)
+        {
+            return Err(TransferError::OutOfBounds {
+                offset: range.start,
+                len: range.end.saturating_sub(range.start),
+                region_bytes,
+            });
+        }
+        self.grant(&mut inner, region, memory, Access::Write(merged(ranges)))
+    }
+
+    pub(crate) fn revoke(&self, key: u64) {
+        let mut inner = self.inner();
+        let grant = inner.grants.remove(&key);
+        if let Some(grant) = &grant
+            && let Some(entry) = inner.regions.get_mut(&grant.region)
+            && entry.read_key == Some(key)
+        {
+            entry.read_key = None;
+        }
+        drop(inner);
+        if let Some(grant) = grant {
+            grant.close();
+        }
+    }
+
+    /// The open grant with this key.
+    pub(crate) fn lookup(&self, key: u64) -> Option<Arc<Grant>> {
+        self.inner().grants.get(&key).cloned()
+    }
+
+    /// Revokes everything and takes nothing new.
+    pub(crate) fn close(&self) {
+        let mut inner = self.inner();
+        inner.closed = true;
+        inner.regions.clear();
+        let grants: Vec<_> = inner.grants.drain().collect();
+        drop(inner);
+        grants.iter().for_each(|(_, grant)| grant.close());
+    }
+
+    fn grant(
+        &self,
+        inner: &mut Inner,
+        region: RegionId,
+        memory: Arc<dyn Memory>,
+        access: Access,
+    ) -> Result<u64, TransferError> {
+        if inner.grants.len() >= GRANTS_MAX {
+            return Err(TransferError::Full {
+                what: "grants",
+                limit: GRANTS_MAX,
+            });
+        }
+        inner.grants_made += 1;
+        let key = self.keys.key(inner.grants_made);
+        let grant = Grant {
+            memory,
+            region,
+            access,
+            closed: RwLock::new(false),
+        };
+        inner.grants.insert(key, Arc::new(grant));
+        Ok(key)
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open_inner(&self) -> Result<MutexGuard<'_, Inner>, TransferError> {
+        let inner = self.inner();
+        if inner.closed {
+            return Err(TransferError::Closed);
+        }
+        Ok(inner)
+    }
+}
+
+/// Sorts the ranges, drops empty ones and joins those that touch or overlap, so that a slice may span blocks
+/// that lie side by side and the lookup is one binary search.
+fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.retain(|range| !range.is_empty());
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|next, kept| {
+        let joins = next.start <= kept.end;
+        if joins {
+            kept.end = kept.end.max(next.end);
+        }
+        joins
+    });
+    ranges
+}
+
+#[cfg(test)]
+mod tests;

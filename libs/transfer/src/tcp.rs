@@ -1,0 +1,279 @@
+//! The built-in transport: requests over pooled TCP connections, payload straight between sockets and
+//! registered memory.
+//!
+//! A connection carries one request at a time, so a request that stalls holds up nothing else, and cutting its
+//! connection ends it; concurrency comes from a few connections per peer. Batches beyond
+//! [`Config::part_bytes`] are split, so that several connections share them.
+//!
+//! The fence does not depend on the peer: the server receives into granted memory by system calls that do not
+//! wait, each inside the grant's gate. When a grant is revoked in the middle of a payload, the rest is read into a
+//! scratch buffer, and the request is refused.
+//!
+//! # Wire format, version 1
+//!
+//! All integers are little-endian. The client sends a request, the server answers it, then the next one may
+//! follow on the same connection.
+//!
+//! Request head, 48 bytes:
+//!
+//! | offset | type | field |
+//! |---|---|---|
+//! | 0 | 4 bytes | magic `PGXF` |
+//! | 4 | u8 | version, 1 |
+//! | 5 | u8 | operation: 1 write, 2 read |
+//! | 6 | u16 | 0 |
+//! | 8 | u64 | request id, chosen by the client |
+//! | 16 | u64 | epoch of the server that the grant is of |
+//! | 24 | u64 | key of the grant |
+//! | 32 | u64 | payload bytes, 1 to 2²⁶ |
+//! | 40 | u32 | slices, 1 to 4096 |
+//! | 44 | u32 | 0 |
+//!
+//! Then the slice table, per slice: offset in the server's memory (u64), length (u64, not 0). The lengths add up
+//! to the payload bytes. Then, for a write, the payload: the slices' bytes in the order of the table.
+//!
+//! Answer head, 32 bytes:
+//!
+//! | offset | type | field |
+//! |---|---|---|
+//! | 0 | 4 bytes | magic `PGXF` |
+//! | 4 | u8 | version, 1 |
+//! | 5 | u8 | status: 0 done, 1 unknown key, 2 direction denied, 3 stale epoch, 4 out of range |
+//! | 6 | u16 | 0 |
+//! | 8 | u64 | request id |
+//! | 16 | u64 | payload bytes that follow: those asked for after a read that is done, otherwise 0 |
+//! | 24 | u64 | status 3: the server's epoch; status 4: position of the first slice outside; otherwise 0 |
+//!
+//! A refused write is answered after its payload was received. Anything that is not this protocol, and any
+//! request that takes longer than the server's bound, closes the connection without an answer.
+//!
+//! There is neither encryption nor authentication beyond the keys, which cannot be guessed but travel in
+//! clear: the port belongs on a network that only the cluster's nodes reach.
+//!
+//! Elsewhere: grants and the fence (`region.rs`), the system calls (`cursor.rs`), splitting (`split.rs`).
+
+mod client;
+mod server;
+mod stream;
+mod wire;
+
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::net::TcpListener;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use types::{Epoch, Memory};
+
+use crate::region::{Keys, RegionTable};
+use crate::stats::Stats;
+use crate::transport::{RegionId, RemoteRegion, TransferBatch, TransferStats, Transport};
+use crate::{StatsSnapshot, TransferError};
+
+/// The scheme of the endpoints.
+const SCHEME: &str = "tcp";
+
+/// Bounds of a [`TcpTransport`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The host that peers connect to. `None`: the address that is listened on, which then must not be `0.0.0.0`
+    /// unless all peers are on this machine.
+    pub advertise_host: Option<String>,
+    /// Connections to one peer, and so requests in flight to it. Further requests wait, in order.
+    pub connections_per_peer: NonZeroUsize,
+    /// Peers that connections are kept for; peers without a transfer in progress give way to new ones.
+    pub peers_max: NonZeroUsize,
+    /// Connections from peers. Further ones are closed at once.
+    pub served_connections_max: NonZeroUsize,
+    /// Largest payload of one request; at most 64 MiB.
+    pub part_bytes: NonZeroUsize,
+    /// How long the set-up of a connection may take.
+    pub connect_timeout: Duration,
+    /// How long the server waits for a request to come in and be answered, from its first byte on.
+    pub request_timeout: Duration,
+    /// How long the server keeps a connection without requests.
+    pub idle_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        const fn count(value: usize) -> NonZeroUsize {
+            NonZeroUsize::new(value).expect("not zero")
+        }
+        Self {
+            advertise_host: None,
+            // Enough to hide a round trip behind the other transfers, and few enough for a cluster of
+            // hundreds of nodes.
+            connections_per_peer: count(4),
+            peers_max: count(4096),
+            // Four from each of 256 peers; each holds a buffer of 64 KiB.
+            served_connections_max: count(1024),
+            // Large against the cost of a request, small against what several connections can share.
+            part_bytes: count(4 << 20),
+            // One lost SYN is sent again after a second.
+            connect_timeout: Duration::from_secs(3),
+            // 4 MiB in 10 s is slower than any network worth a transfer.
+            request_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(300),
+        }
+    }
+}
+
+/// The TCP transport of a node: client and server. Dropping it, like [`TcpTransport::close`], revokes all grants.
+pub struct TcpTransport {
+    shared: Arc<Shared>,
+}
+
+/// What client and server tasks share.
+struct Shared {
+    config: Config,
+    endpoint: String,
+    epoch: Epoch,
+    regions: RegionTable,
+    peers: client::Peers,
+    stats: Stats,
+    /// Cancelled when the transport closes.
+    closed: CancellationToken,
+    /// The server's tasks.
+    tasks: TaskTracker,
+}
+
+impl TcpTransport {
+    /// Listens on `address`, where port 0 takes any free one, and serves peers from now on, by tasks of the
+    /// current Tokio runtime.
+    pub async fn bind(address: SocketAddr, epoch: Epoch, config: Config) -> Result<Arc<Self>, TransferError> {
+        let fail = |error: std::io::Error| TransferError::Bind {
+            address: address.to_string(),
+            reason: error.to_string(),
+        };
+        let listener = TcpListener::bind(address).await.map_err(fail)?;
+        let bound = listener.local_addr().map_err(fail)?;
+        let endpoint = match &config.advertise_host {
+            Some(host) => format!("{SCHEME}://{host}:{}", bound.port()),
+            None => format!("{SCHEME}://{bound}"),
+        };
+        let shared = Arc::new(Shared {
+            config,
+            endpoint,
+            epoch,
+            regions: RegionTable::new(Keys::Secret(std::hash::RandomState::new())),
+            peers: client::Peers::default(),
+            stats: Stats::default(),
+            closed: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        });
+        shared.tasks.spawn(server::accept(shared.clone(), listener));
+        Ok(Arc::new(Self { shared }))
+    }
+
+    /// Stops: revokes all grants, closes all connections, ends transfers in progress with
+    /// [`TransferError::Closed`], and waits for the server's tasks.
+    pub async fn close(&self) {
+        self.shared.shut();
+        self.shared.tasks.wait().await;
+    }
+}
+
+impl Drop for TcpTransport {
+    fn drop(&mut self) {
+        self.shared.shut();
+    }
+}
+
+impl Shared {
+    fn shut(&self) {
+        self.regions.close();
+        self.closed.cancel();
+        self.peers.clear();
+        self.tasks.close();
+    }
+
+    fn remote(&self, key: u64) -> RemoteRegion {
+        RemoteRegion {
+            endpoint: self.endpoint.clone(),
+            epoch: self.epoch,
+            key,
+        }
+    }
+}
+
+impl Transport for TcpTransport {
+    fn name(&self) -> &'static str {
+        SCHEME
+    }
+
+    fn endpoint(&self) -> String {
+        self.shared.endpoint.clone()
+    }
+
+    fn epoch(&self) -> Epoch {
+        self.shared.epoch
+    }
+
+    fn register(&self, memory: Arc<dyn Memory>) -> Result<RegionId, TransferError> {
+        self.shared.regions.register(memory)
+    }
+
+    fn unregister(&self, region: RegionId) -> BoxFuture<'static, ()> {
+        self.shared.regions.unregister(region);
+        std::future::ready(()).boxed()
+    }
+
+    fn expose_read(&self, region: RegionId) -> Result<RemoteRegion, TransferError> {
+        let key = self.shared.regions.expose_read(region)?;
+        Ok(self.shared.remote(key))
+    }
+
+    fn grant_write(&self, region: RegionId, ranges: Vec<Range<u64>>) -> Result<RemoteRegion, TransferError> {
+        let key = self.shared.regions.grant_write(region, ranges)?;
+        Ok(self.shared.remote(key))
+    }
+
+    fn revoke(&self, grant: &RemoteRegion) -> BoxFuture<'static, ()> {
+        if grant.epoch == self.shared.epoch && grant.endpoint == self.shared.endpoint {
+            self.shared.regions.revoke(grant.key);
+        }
+        std::future::ready(()).boxed()
+    }
+
+    fn write(
+        &self,
+        batch: TransferBatch,
+        deadline: Instant,
+    ) -> BoxFuture<'static, Result<TransferStats, TransferError>> {
+        client::transfer(self.shared.clone(), wire::Operation::Write, batch, deadline)
+    }
+
+    fn read(
+        &self,
+        batch: TransferBatch,
+        deadline: Instant,
+    ) -> BoxFuture<'static, Result<TransferStats, TransferError>> {
+        client::transfer(self.shared.clone(), wire::Operation::Read, batch, deadline)
+    }
+
+    fn flush(
+        &self,
+        remote_endpoint: &str,
+        deadline: Instant,
+    ) -> BoxFuture<'static, Result<(), TransferError>> {
+        client::flush(&self.shared, remote_endpoint, deadline)
+    }
+
+    fn tear_down(&self, remote_endpoint: &str) {
+        self.shared.peers.tear_down(&self.shared, remote_endpoint);
+    }
+
+    fn stats(&self) -> StatsSnapshot {
+        self.shared.stats.snapshot()
+    }
+}
+
+#[cfg(test)]
+mod tests;

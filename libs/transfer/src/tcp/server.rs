@@ -1,0 +1,194 @@
+//! The side that owns the memory: takes requests, checks them against the grants, moves the payload.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use types::ErrorCode;
+
+use super::Shared;
+use super::stream::{self, Moved};
+use super::wire::{AnswerHead, Operation, REQUEST_HEAD_BYTES, RequestHead, Status, WireError};
+use crate::cursor::Cursor;
+use crate::region::{Grant, Refused};
+
+/// What a connection holds besides its request: the slice table, or payload on its way to nowhere.
+const SCRATCH_BYTES: usize = 64 << 10;
+/// Between attempts to accept while the process is out of descriptors or the like.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// Why a connection was cut.
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error("protocol violation: {0}")]
+    Violation(#[from] WireError),
+    #[error("the connection broke in the middle of a request: {0}")]
+    Lost(#[from] io::Error),
+    #[error("no complete request within the bound")]
+    Stalled,
+    #[error("the grant was revoked while it was being read")]
+    Revoked,
+}
+
+impl ServeError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Violation(_) => ErrorCode::Invalid,
+            Self::Lost(_) => ErrorCode::Unavailable,
+            Self::Stalled => ErrorCode::Timeout,
+            Self::Revoked => ErrorCode::NotFound,
+        }
+    }
+}
+
+/// Serves every connection to `listener` until the transport closes.
+pub(super) async fn accept(shared: Arc<Shared>, listener: TcpListener) {
+    let closed = shared.closed.clone();
+    let permits = Arc::new(Semaphore::new(shared.config.served_connections_max.get()));
+    let accepting = async {
+        loop {
+            let (connection, peer) = match listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a transfer connection");
+                    tokio::time::sleep(ACCEPT_RETRY).await;
+                    continue;
+                }
+            };
+            let Ok(permit) = permits.clone().try_acquire_owned() else {
+                shared.stats.connections_rejected.add(1);
+                continue;
+            };
+            shared.stats.connections_accepted.add(1);
+            let shared = shared.clone();
+            shared.clone().tasks.spawn(async move {
+                serve(shared, connection, peer).await;
+                drop(permit);
+            });
+        }
+    };
+    closed.run_until_cancelled(accepting).await;
+}
+
+/// Serves one connection to its end.
+async fn serve(shared: Arc<Shared>, connection: TcpStream, peer: SocketAddr) {
+    let _open = shared.stats.connections_served.enter();
+    let served = shared
+        .closed
+        .run_until_cancelled(serve_requests(&shared, &connection))
+        .await;
+    if let Some(Err(error)) = served {
+        stream::reset_on_drop(&connection);
+        shared.stats.serve_failed(error.code());
+        if let ServeError::Violation(_) = error {
+            shared.stats.protocol_violations.add(1);
+        }
+        tracing::debug!(%peer, %error, "transfer connection cut");
+    }
+}
+
+/// Ends without an error when the peer closes between requests, or leaves the connection idle for too long.
+async fn serve_requests(shared: &Shared, connection: &TcpStream) -> Result<(), ServeError> {
+    stream::prepare(connection)?;
+    let mut scratch = vec![0; SCRATCH_BYTES];
+    loop {
+        let mut head = [0; REQUEST_HEAD_BYTES];
+        let first = stream::receive_some(connection, &mut head);
+        let received = match timeout(shared.config.idle_timeout, first).await {
+            Err(_) | Ok(Ok(0)) => return Ok(()),
+            Ok(received) => received?,
+        };
+        let request = async {
+            stream::receive_exact(connection, &mut head[received..]).await?;
+            serve_request(shared, connection, &RequestHead::decode(&head)?, &mut scratch).await
+        };
+        timeout(shared.config.request_timeout, request)
+            .await
+            .map_err(|_| ServeError::Stalled)??;
+    }
+}
+
+async fn serve_request(
+    shared: &Shared,
+    connection: &TcpStream,
+    head: &RequestHead,
+    scratch: &mut [u8],
+) -> Result<(), ServeError> {
+    let table = &mut scratch[..head.table_bytes()];
+    stream::receive_exact(connection, table).await?;
+    let slices = head.decode_table(table)?;
+    let status = match (head.operation, admit(shared, head, &slices)) {
+        (Operation::Read, Ok((grant, mut cursor))) => {
+            let answer = answer(head, Status::Done, head.payload_bytes);
+            return match stream::send(connection, &answer, &mut cursor, Some(&grant)).await? {
+                Moved::All => {
+                    count(shared, head, Status::Done);
+                    Ok(())
+                }
+                // The answer's head said that the bytes follow, so only the cut can tell that they do not.
+                Moved::Revoked => Err(ServeError::Revoked),
+            };
+        }
+        (Operation::Read, Err(status)) => status,
+        (Operation::Write, Ok((grant, mut cursor))) => {
+            match stream::receive_payload(connection, &mut cursor, Some(&grant)).await? {
+                Moved::All => Status::Done,
+                Moved::Revoked => {
+                    stream::discard(connection, cursor.remaining(), scratch).await?;
+                    Status::UnknownKey
+                }
+            }
+        }
+        (Operation::Write, Err(status)) => {
+            stream::discard(connection, head.payload_bytes, scratch).await?;
+            status
+        }
+    };
+    // Before the answer, so that who has it finds it counted.
+    count(shared, head, status);
+    Ok(stream::send_head(connection, &answer(head, status, 0)).await?)
+}
+
+/// Finds what the request may move, or the status that refuses it.
+fn admit(shared: &Shared, head: &RequestHead, slices: &[(u64, u64)]) -> Result<(Arc<Grant>, Cursor), Status> {
+    if head.epoch != shared.epoch.0 {
+        let current = shared.epoch.0;
+        return Err(Status::StaleEpoch { current });
+    }
+    let grant = shared.regions.lookup(head.key).ok_or(Status::UnknownKey)?;
+    grant
+        .admit(head.operation.direction(), slices.iter().copied())
+        .map_err(|refused| match refused {
+            Refused::Denied => Status::Denied,
+            Refused::OutOfRange { slice } => Status::OutOfRange { slice: slice as u64 },
+        })?;
+    let cursor = Cursor::new(grant.memory().clone(), slices.iter().copied())
+        .map_err(|_| Status::OutOfRange { slice: 0 })?;
+    Ok((grant, cursor))
+}
+
+fn answer(head: &RequestHead, status: Status, payload_bytes: u64) -> [u8; super::wire::ANSWER_HEAD_BYTES] {
+    let id = head.id;
+    AnswerHead {
+        status,
+        id,
+        payload_bytes,
+    }
+    .encode()
+}
+
+fn count(shared: &Shared, head: &RequestHead, status: Status) {
+    let refused = match (status, head.operation) {
+        (Status::Done, Operation::Write) => return shared.stats.received_bytes.add(head.payload_bytes),
+        (Status::Done, Operation::Read) => return shared.stats.served_bytes.add(head.payload_bytes),
+        (Status::UnknownKey, _) => ErrorCode::NotFound,
+        (Status::Denied, _) => ErrorCode::Denied,
+        (Status::StaleEpoch { .. }, _) => ErrorCode::Fenced,
+        (Status::OutOfRange { .. }, _) => ErrorCode::Invalid,
+    };
+    shared.stats.serve_failed(refused);
+}

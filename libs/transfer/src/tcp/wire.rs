@@ -1,0 +1,218 @@
+//! Request and answer heads as bytes. Pure; the parent module holds the specification.
+
+use crate::region::Direction;
+
+/// Slices of one request.
+pub(crate) const SLICES_MAX: usize = 4096;
+/// Payload of one request.
+pub(crate) const PAYLOAD_BYTES_MAX: u64 = 1 << 26;
+pub(crate) const REQUEST_HEAD_BYTES: usize = 48;
+pub(crate) const ANSWER_HEAD_BYTES: usize = 32;
+pub(crate) const TABLE_ENTRY_BYTES: usize = 16;
+
+const MAGIC: [u8; 4] = *b"PGXF";
+const VERSION: u8 = 1;
+
+/// What bytes that are not the protocol are instead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum WireError {
+    #[error("not the transfer protocol: the first bytes are {0:02x?}")]
+    Magic([u8; 4]),
+    #[error("version {0}, but only {VERSION} is spoken here")]
+    Version(u8),
+    #[error("unknown operation or status {0}")]
+    Kind(u8),
+    #[error("reserved bytes are not zero")]
+    Reserved,
+    #[error("{0} slices, not 1 to {SLICES_MAX}")]
+    Slices(u32),
+    #[error("{0} payload bytes, not 1 to {PAYLOAD_BYTES_MAX}")]
+    Payload(u64),
+    #[error("an empty slice, or slices that do not add up to the payload")]
+    Table,
+}
+
+/// The direction of a request, as its sender sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Operation {
+    Write,
+    Read,
+}
+
+impl Operation {
+    pub(crate) fn direction(self) -> Direction {
+        match self {
+            Self::Write => Direction::Write,
+            Self::Read => Direction::Read,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RequestHead {
+    pub(crate) operation: Operation,
+    pub(crate) id: u64,
+    pub(crate) epoch: u64,
+    pub(crate) key: u64,
+    pub(crate) payload_bytes: u64,
+    pub(crate) slices: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Status {
+    /// What was asked for is done.
+    Done,
+    UnknownKey,
+    Denied,
+    StaleEpoch {
+        current: u64,
+    },
+    OutOfRange {
+        slice: u64,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AnswerHead {
+    pub(crate) status: Status,
+    pub(crate) id: u64,
+    pub(crate) payload_bytes: u64,
+}
+
+impl RequestHead {
+    /// The head, and the table that belongs behind it.
+    pub(crate) fn encode(&self, table: impl IntoIterator<Item = (u64, u64)>) -> Vec<u8> {
+        let table_bytes = self.slices as usize * TABLE_ENTRY_BYTES;
+        let mut bytes = Vec::with_capacity(REQUEST_HEAD_BYTES + table_bytes);
+        bytes.extend(MAGIC);
+        bytes.push(VERSION);
+        bytes.push(match self.operation {
+            Operation::Write => 1,
+            Operation::Read => 2,
+        });
+        bytes.extend([0; 2]);
+        bytes.extend(self.id.to_le_bytes());
+        bytes.extend(self.epoch.to_le_bytes());
+        bytes.extend(self.key.to_le_bytes());
+        bytes.extend(self.payload_bytes.to_le_bytes());
+        bytes.extend(self.slices.to_le_bytes());
+        bytes.extend([0; 4]);
+        for (offset, len) in table {
+            bytes.extend(offset.to_le_bytes());
+            bytes.extend(len.to_le_bytes());
+        }
+        bytes
+    }
+
+    pub(crate) fn decode(bytes: &[u8; REQUEST_HEAD_BYTES]) -> Result<Self, WireError> {
+        let kind = prelude(bytes)?;
+        let operation = match kind {
+            1 => Operation::Write,
+            2 => Operation::Read,
+            other => return Err(WireError::Kind(other)),
+        };
+        let head = Self {
+            operation,
+            id: u64_at(bytes, 8),
+            epoch: u64_at(bytes, 16),
+            key: u64_at(bytes, 24),
+            payload_bytes: u64_at(bytes, 32),
+            slices: u64_at(bytes, 40) as u32,
+        };
+        if u64_at(bytes, 40) >> 32 != 0 {
+            return Err(WireError::Reserved);
+        }
+        if head.slices == 0 || head.slices as usize > SLICES_MAX {
+            return Err(WireError::Slices(head.slices));
+        }
+        if head.payload_bytes == 0 || head.payload_bytes > PAYLOAD_BYTES_MAX {
+            return Err(WireError::Payload(head.payload_bytes));
+        }
+        Ok(head)
+    }
+
+    pub(crate) fn table_bytes(&self) -> usize {
+        self.slices as usize * TABLE_ENTRY_BYTES
+    }
+
+    /// The slice table as offsets and lengths.
+    pub(crate) fn decode_table(&self, bytes: &[u8]) -> Result<Vec<(u64, u64)>, WireError> {
+        let mut sum = 0_u64;
+        let (entries, _) = bytes.as_chunks::<TABLE_ENTRY_BYTES>();
+        let slices = entries.iter().map(|entry| {
+            let (offset, len) = (u64_at(entry, 0), u64_at(entry, 8));
+            sum = sum.checked_add(len).ok_or(WireError::Table)?;
+            if len == 0 {
+                Err(WireError::Table)
+            } else {
+                Ok((offset, len))
+            }
+        });
+        let slices = slices.collect::<Result<Vec<_>, _>>()?;
+        if sum != self.payload_bytes || slices.len() != self.slices as usize {
+            return Err(WireError::Table);
+        }
+        Ok(slices)
+    }
+}
+
+impl AnswerHead {
+    pub(crate) fn encode(&self) -> [u8; ANSWER_HEAD_BYTES] {
+        let (kind, detail) = match self.status {
+            Status::Done => (0, 0),
+            Status::UnknownKey => (1, 0),
+            Status::Denied => (2, 0),
+            Status::StaleEpoch { current } => (3, current),
+            Status::OutOfRange { slice } => (4, slice),
+        };
+        let mut bytes = [0; ANSWER_HEAD_BYTES];
+        bytes[..4].copy_from_slice(&MAGIC);
+        bytes[4] = VERSION;
+        bytes[5] = kind;
+        bytes[8..16].copy_from_slice(&self.id.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.payload_bytes.to_le_bytes());
+        bytes[24..].copy_from_slice(&detail.to_le_bytes());
+        bytes
+    }
+
+    pub(crate) fn decode(bytes: &[u8; ANSWER_HEAD_BYTES]) -> Result<Self, WireError> {
+        let detail = u64_at(bytes, 24);
+        let status = match prelude(bytes)? {
+            0 => Status::Done,
+            1 => Status::UnknownKey,
+            2 => Status::Denied,
+            3 => Status::StaleEpoch { current: detail },
+            4 => Status::OutOfRange { slice: detail },
+            other => return Err(WireError::Kind(other)),
+        };
+        Ok(Self {
+            status,
+            id: u64_at(bytes, 8),
+            payload_bytes: u64_at(bytes, 16),
+        })
+    }
+}
+
+/// Checks the first eight bytes of a head, which is longer, and returns the sixth.
+fn prelude(bytes: &[u8]) -> Result<u8, WireError> {
+    let magic: [u8; 4] = bytes[..4].try_into().expect("four bytes");
+    if magic != MAGIC {
+        return Err(WireError::Magic(magic));
+    }
+    if bytes[4] != VERSION {
+        return Err(WireError::Version(bytes[4]));
+    }
+    if bytes[6..8] != [0, 0] {
+        return Err(WireError::Reserved);
+    }
+    Ok(bytes[5])
+}
+
+/// The integer at `offset`, which the caller knows to be inside.
+fn u64_at(bytes: &[u8], offset: usize) -> u64 {
+    let bytes = bytes[offset..offset + 8].try_into();
+    u64::from_le_bytes(bytes.expect("eight bytes"))
+}
+
+#[cfg(test)]
+mod tests;
