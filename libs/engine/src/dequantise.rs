@@ -15,7 +15,11 @@ use crate::tensor::TensorFormat;
 /// When `bytes` is not exactly the row's encoding, that is `format.row_bytes(out.len())` bytes of whole blocks.
 pub fn dequantise_row(format: TensorFormat, bytes: &[u8], out: &mut [f32]) {
     assert_eq!(out.len() % format.block_elements(), 0, "a row is whole blocks");
-    assert_eq!(bytes.len(), format.row_bytes(out.len()), "a row has its format's size");
+    assert_eq!(
+        bytes.len(),
+        format.row_bytes(out.len()),
+        "a row has its format's size"
+    );
     let decode: fn(&[u8], &mut [f32]) = match format {
         TensorFormat::F32 => |block, out| {
             out[0] = f32::from_le_bytes([block[0], block[1], block[2], block[3]]);
@@ -140,7 +144,12 @@ fn q5_k(block: &[u8], out: &mut [f32]) {
 /// half of the block holds 128 elements; element `e` of a half has its low nibble in `low[e % 64]` (high nibble from 64
 /// on) and two high bits in `high[e % 32]`, at bit `2 * (e / 32)`.
 fn q6_k(block: &[u8], out: &mut [f32]) {
-    let (low, high, scales, d) = (&block[..128], &block[128..192], &block[192..208], half_at(block, 208));
+    let (low, high, scales, d) = (
+        &block[..128],
+        &block[128..192],
+        &block[192..208],
+        half_at(block, 208),
+    );
     for (i, out) in out.iter_mut().enumerate() {
         let (half, e) = (i / 128, i % 128);
         let nibble = low[half * 64 + e % 64] >> (e / 64 * 4) & 0x0f;

@@ -7,5 +7,26 @@
 // Kernels use intrinsics and raw block memory; every block has its SAFETY argument.
 #![allow(unsafe_code)]
 
+pub mod chat;
+pub mod compute;
 pub mod config;
+pub mod dequantise;
+pub mod detokenizer;
+pub mod file;
+pub mod fixture;
+pub mod model;
+pub mod monolith;
+pub mod sampler;
+pub mod step;
 pub mod tensor;
+mod threads;
+pub mod tokenizer;
+
+pub use chat::{ChatError, ChatOptions, ChatTemplate};
+pub use compute::Isa;
+pub use detokenizer::{Detokenizer, StopMatcher, StopOutcome};
+pub use file::{LoadError, ModelFile};
+pub use model::{Model, Precision};
+pub use sampler::{SampleError, Sampled, sample};
+pub use step::{Engine, Logits, LogitsWanted, SequenceStep, StepError, StepObserver};
+pub use tokenizer::{Tokenizer, TokenizerError};

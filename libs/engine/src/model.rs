@@ -1,0 +1,320 @@
+//! A model in memory: its weights, packed for the kernels, and what else its files say.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use types::{KvDtype, KvLayout, KvSpace};
+
+use crate::chat::ChatTemplate;
+use crate::compute::matrix::Matrix;
+use crate::config::ModelConfig;
+use crate::dequantise::dequantise_row;
+use crate::file::{LoadError, ModelFile};
+use crate::tensor::{TensorFormat, TensorView};
+use crate::tokenizer::Tokenizer;
+
+/// How the engine computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Precision {
+    /// `f32` weights, activations and KV: the oracle.
+    Exact,
+    /// Weights as the file has them, activations rounded to 8 bits where weights are quantised, `f16` KV.
+    #[default]
+    Fast,
+}
+
+impl Precision {
+    /// Names the arithmetic in a [`KvSpace`]. Changing any operation's order or rounding changes the number.
+    pub fn arithmetic(self) -> &'static str {
+        match self {
+            Self::Exact => "exact-1",
+            Self::Fast => "fast-1",
+        }
+    }
+}
+
+/// An immutable model, shared by the engines of a process.
+pub struct Model {
+    config: ModelConfig,
+    precision: Precision,
+    digest: String,
+    tokenizer: Tokenizer,
+    chat_template: Option<ChatTemplate>,
+    pub(crate) weights: Weights,
+}
+
+/// All weights of a model.
+pub(crate) struct Weights {
+    pub(crate) embedding: Embedding,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) output_norm: Vec<f32>,
+    pub(crate) head: Matrix,
+}
+
+/// A transformer layer. Biases are optional.
+pub(crate) struct Layer {
+    pub(crate) attention_norm: Vec<f32>,
+    pub(crate) query: Linear,
+    pub(crate) key: Linear,
+    pub(crate) value: Linear,
+    pub(crate) attention_output: Linear,
+    pub(crate) feed_forward_norm: Vec<f32>,
+    pub(crate) gate: Matrix,
+    pub(crate) up: Matrix,
+    pub(crate) down: Matrix,
+}
+
+/// A matrix and what is added to its products.
+pub(crate) struct Linear {
+    pub(crate) matrix: Matrix,
+    pub(crate) bias: Option<Vec<f32>>,
+}
+
+/// Rows of the embedding, encoded as in the file: one row per token is read, so packing would gain nothing.
+pub(crate) struct Embedding {
+    format: TensorFormat,
+    cols: usize,
+    bytes: Box<[u8]>,
+}
+
+impl Embedding {
+    fn new(view: &TensorView<'_>) -> Self {
+        Self {
+            format: view.format,
+            cols: view.cols,
+            bytes: view.bytes.into(),
+        }
+    }
+
+    /// The row of a token, which must be below the vocabulary.
+    pub(crate) fn row(&self, token: usize, out: &mut [f32]) {
+        let bytes = self.format.row_bytes(self.cols);
+        dequantise_row(self.format, &self.bytes[token * bytes..][..bytes], out);
+    }
+}
+
+impl Model {
+    /// Loads a `.gguf` file or a Hugging Face directory.
+    pub fn load(path: &Path, precision: Precision) -> Result<Arc<Self>, LoadError> {
+        Self::load_with(path, precision, &mut |_, _| {})
+    }
+
+    /// Loads a model; `progress(done, total)` is called after each weight, in bytes of the file.
+    pub fn load_with(
+        path: &Path,
+        precision: Precision,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Arc<Self>, LoadError> {
+        let file = ModelFile::open(path)?;
+        let tokenizer = file.tokenizer()?;
+        let chat_template = file.chat_template(&tokenizer)?;
+        let weights = Packer::new(&file, precision, progress)?.weights()?;
+        Ok(Arc::new(Self {
+            config: file.config().clone(),
+            precision,
+            digest: file.digest().to_owned(),
+            tokenizer,
+            chat_template,
+            weights,
+        }))
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// How it computes.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Its tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Its chat template, if the files have one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.chat_template.as_ref()
+    }
+
+    /// Bytes of packed weights and embedding.
+    pub fn weight_bytes(&self) -> usize {
+        let Weights {
+            embedding,
+            layers,
+            output_norm: _,
+            head,
+        } = &self.weights;
+        let of_layer = |layer: &Layer| {
+            let linear = [&layer.query, &layer.key, &layer.value, &layer.attention_output];
+            let matrices = linear.map(|linear| linear.matrix.bytes()).iter().sum::<usize>();
+            matrices + layer.gate.bytes() + layer.up.bytes() + layer.down.bytes()
+        };
+        embedding.bytes.len() + head.bytes() + layers.iter().map(of_layer).sum::<usize>()
+    }
+
+    /// The format of its KV.
+    pub fn layout(&self, block_tokens: usize) -> KvLayout {
+        layout(&self.config, self.precision, block_tokens)
+    }
+
+    /// The space of its blocks, for no adapter and no tenant.
+    pub fn kv_space(&self, block_tokens: usize) -> KvSpace {
+        space(&self.config, &self.digest, self.precision, block_tokens)
+    }
+}
+
+/// What [`Model::kv_space`] gives, without loading the weights: for nodes that hold blocks and do not compute.
+pub fn kv_space(file: &ModelFile, precision: Precision, block_tokens: usize) -> KvSpace {
+    space(file.config(), file.digest(), precision, block_tokens)
+}
+
+fn layout(config: &ModelConfig, precision: Precision, block_tokens: usize) -> KvLayout {
+    KvLayout {
+        layers: config.layers,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        block_tokens,
+        dtype: match precision {
+            Precision::Exact => KvDtype::F32,
+            Precision::Fast => KvDtype::F16,
+        },
+    }
+}
+
+fn space(config: &ModelConfig, digest: &str, precision: Precision, block_tokens: usize) -> KvSpace {
+    KvSpace {
+        model_digest: digest.to_owned(),
+        arithmetic: precision.arithmetic().to_owned(),
+        layout: layout(config, precision, block_tokens),
+        adapter: None,
+        tenant_salt: String::new(),
+    }
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model")
+            .field("name", &self.config.name)
+            .field("precision", &self.precision)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Packs the weights of a file one by one.
+struct Packer<'a> {
+    file: &'a ModelFile,
+    exact: bool,
+    progress: &'a mut dyn FnMut(u64, u64),
+    done_bytes: u64,
+    total_bytes: u64,
+}
+
+impl<'a> Packer<'a> {
+    fn new(
+        file: &'a ModelFile,
+        precision: Precision,
+        progress: &'a mut dyn FnMut(u64, u64),
+    ) -> Result<Self, LoadError> {
+        let mut total_bytes = 0;
+        for name in ["token_embd", "output"] {
+            total_bytes += file.tensor(name)?.bytes.len() as u64;
+        }
+        for layer in 0..file.config().layers {
+            for name in [
+                "attn_q",
+                "attn_k",
+                "attn_v",
+                "attn_output",
+                "ffn_gate",
+                "ffn_up",
+                "ffn_down",
+            ] {
+                total_bytes += file.tensor(&format!("blk.{layer}.{name}"))?.bytes.len() as u64;
+            }
+        }
+        let exact = precision == Precision::Exact;
+        Ok(Self {
+            file,
+            exact,
+            progress,
+            done_bytes: 0,
+            total_bytes,
+        })
+    }
+
+    fn weights(mut self) -> Result<Weights, LoadError> {
+        let view = self.file.tensor("token_embd")?;
+        let embedding = Embedding::new(&view);
+        self.advance(view.bytes.len());
+        let layers = (0..self.file.config().layers)
+            .map(|layer| self.layer(layer))
+            .collect::<Result<_, _>>()?;
+        let output_norm = self.vector("output_norm")?;
+        let head = self.matrix("output")?;
+        Ok(Weights {
+            embedding,
+            layers,
+            output_norm,
+            head,
+        })
+    }
+
+    fn layer(&mut self, layer: usize) -> Result<Layer, LoadError> {
+        let name = |tensor: &str| format!("blk.{layer}.{tensor}");
+        Ok(Layer {
+            attention_norm: self.vector(&name("attn_norm"))?,
+            query: self.linear(&name("attn_q"))?,
+            key: self.linear(&name("attn_k"))?,
+            value: self.linear(&name("attn_v"))?,
+            attention_output: self.linear(&name("attn_output"))?,
+            feed_forward_norm: self.vector(&name("ffn_norm"))?,
+            gate: self.matrix(&name("ffn_gate"))?,
+            up: self.matrix(&name("ffn_up"))?,
+            down: self.matrix(&name("ffn_down"))?,
+        })
+    }
+
+    fn vector(&self, name: &str) -> Result<Vec<f32>, LoadError> {
+        Ok(dequantise(&self.file.tensor(name)?))
+    }
+
+    fn linear(&mut self, name: &str) -> Result<Linear, LoadError> {
+        let bias = self.file.optional_tensor(&format!("{name}.bias"));
+        Ok(Linear {
+            matrix: self.matrix(name)?,
+            bias: bias.map(|view| dequantise(&view)),
+        })
+    }
+
+    fn matrix(&mut self, name: &str) -> Result<Matrix, LoadError> {
+        let view = self.file.tensor(name)?;
+        let memory = |source: io::Error| LoadError::Io {
+            path: self.file.path().to_owned(),
+            source,
+        };
+        let matrix = Matrix::pack(&view, self.exact).map_err(memory)?;
+        self.advance(view.bytes.len());
+        Ok(matrix)
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.done_bytes += bytes as u64;
+        (self.progress)(self.done_bytes, self.total_bytes);
+    }
+}
+
+fn dequantise(view: &TensorView<'_>) -> Vec<f32> {
+    let mut values = vec![0.0; view.rows * view.cols];
+    let row_bytes = view.format.row_bytes(view.cols);
+    for (out, row) in values
+        .chunks_exact_mut(view.cols)
+        .zip(view.bytes.chunks_exact(row_bytes))
+    {
+        dequantise_row(view.format, row, out);
+    }
+    values
+}
