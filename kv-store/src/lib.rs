@@ -1,1 +1,44 @@
-//! KV blocks: table, tiers, leases, eviction, log, and the service that shares them.
+//! KV blocks: which ones a node holds, who uses them, and how nodes share them.
+//!
+//! Every node embeds a [`Store`] over its own pool and is the only authority on it; `perigee store` is one without
+//! an engine. Nobody has a list of all blocks: each node's log tells its changes, and whoever wants an
+//! index follows the logs.
+//!
+//! Architecture invariants:
+//! - a block is found under a hash only if it is complete, and then never written again;
+//! - a reader of another node's memory believes only bytes that match their checksum: what it cannot get or not
+//!   verify is a miss, never a wrong token;
+//! - memory that a peer may write comes back through the transport's fence, never by a clock.
+//!
+//! Where things are, the pure modules first:
+//! - [`table`]: slots, hashes, pins, leases, eviction; [`expiring`]: promises that end by themselves;
+//! - [`log`] and [`follower`]: the numbered log and its reader's side;
+//! - [`store`]: the table and the bytes behind one handle, with guards; [`sequence`]: the blocks of one sequence;
+//! - [`service`]: what peers may ask; [`fetch`]: asking peers;
+//! - [`store_node`]: what `perigee store` runs.
+//!
+//! Elsewhere: moving bytes (`transfer`), what the bytes mean (`engine`), which peer to ask (`router`).
+
+pub mod config;
+pub mod expiring;
+pub mod fetch;
+pub mod follower;
+pub mod log;
+mod metrics;
+mod roots;
+pub mod sequence;
+pub mod service;
+pub mod store;
+pub mod store_node;
+pub mod table;
+
+pub use config::Config;
+pub use fetch::{Fetch, FetchOutcome, Source, fetch_prefix};
+pub use follower::Follower;
+pub use sequence::SequenceBlocks;
+pub use service::Service;
+pub use store::{BlockPin, Corrupt, Grant, OwnedBlock, Stats, Store, StoreError};
+pub use table::OutOfBlocks;
+
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,63 @@
+//! What can be set of a store, with the defaults and their reasons.
+
+use std::time::Duration;
+
+/// Bounds and times of a store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Longest lease that a reader gets, whatever it asks for.
+    pub lease_ttl_max: Duration,
+    /// Leases open at a time.
+    pub leases_max: usize,
+    /// Longest time between a writer's `Reserve` and `Commit`, whatever it asks for.
+    pub reservation_ttl_max: Duration,
+    /// Reservations open at a time.
+    pub reservations_max: usize,
+    /// How often leases and reservations are checked for their end; at least 1 ms.
+    pub expiry_interval: Duration,
+    /// Blocks that one `Acquire` or `Reserve` may name.
+    pub hashes_max: usize,
+    /// Entries of the log that are kept, at least 1, for watchers to resume from.
+    pub log_entries_max: usize,
+    /// Events in one message of the log, at least 1: all that is buffered for one watcher.
+    pub watch_buffer_events: usize,
+    /// Watchers at a time.
+    pub watchers_max: usize,
+    /// Fetches from peers at a time, over all requests of this node; at least 1.
+    pub fetches_max: usize,
+    /// Bytes that one fetch has in flight: what is lost when the peer dies.
+    pub fetch_batch_bytes: u64,
+    /// Longest wait for a peer's answer to `Acquire`.
+    pub acquire_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            // A fetch of a million-token prefix over 10 Gbit/s ends within it.
+            lease_ttl_max: Duration::from_secs(60),
+            // Far more than there are requests in flight; some KiB each.
+            leases_max: 4096,
+            // Writers put what they have at hand.
+            reservation_ttl_max: Duration::from_secs(30),
+            // Each one holds a grant of the transport.
+            reservations_max: 256,
+            // Small against every sensible lease, and nothing against the cost of one check.
+            expiry_interval: Duration::from_millis(100),
+            // A prompt of half a million tokens at 32 tokens per block.
+            hashes_max: 16 * 1024,
+            // A watcher that was away while 64 Ki blocks changed is as well served by a snapshot. Some 4 MiB.
+            log_entries_max: 64 * 1024,
+            // About 50 KiB on the wire.
+            watch_buffer_events: 1024,
+            // Routers and people who look.
+            watchers_max: 64,
+            // Enough to fill a link; more would only make all of them later.
+            fetches_max: 16,
+            // Some milliseconds at 10 Gbit/s, and large against a round trip.
+            fetch_batch_bytes: 16 << 20,
+            // A peer that needs longer is no faster than computing.
+            acquire_timeout: Duration::from_secs(2),
+        }
+    }
+}

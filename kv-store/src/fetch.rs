@@ -1,0 +1,341 @@
+//! Fetching the cached prefix of a prompt from peers.
+//!
+//! Invariant: what comes back is pinned, verified and continues the prefix that the caller holds. Everything that
+//! can go wrong (a peer that dropped the blocks, lies, stalls or dies, a full pool) only makes it shorter:
+//! the rest is computed instead. It ends within its deadline.
+//!
+//! Requests of one node that want the same blocks at the same time fetch them once.
+//!
+//! Elsewhere: which peers to ask (`router`), the other side (`service.rs`).
+
+use std::time::Duration;
+
+use node::Channels;
+use proto::v1::kv_store_client::KvStoreClient;
+use proto::{convert, status, v1};
+use tokio::time::{Instant, timeout, timeout_at};
+use tonic::transport::Channel;
+use transfer::{RemoteRegion, Slice, TransferBatch, TransferError};
+use types::{BlockHash, Checksum, Epoch, Error};
+
+use crate::store::{BlockPin, Corrupt, OwnedBlock, Store};
+
+mod flights;
+
+use flights::Claim;
+pub(crate) use flights::Flights;
+
+/// How often a fetch looks again after others' fetches ended. Each time there is either progress, or somebody
+/// else failed; more than this is a cluster in trouble, where computing is the better way.
+const ROUNDS_MAX: usize = 8;
+
+/// Ending a lease is a courtesy: it also ends by itself.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How much longer than the fetch its lease lives, for clocks that do not run alike.
+const LEASE_MARGIN: Duration = Duration::from_secs(1);
+
+/// A peer that is said to hold leading blocks of the prompt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// `host:port` of its gRPC services.
+    pub grpc_endpoint: String,
+    /// Leading full blocks of the prompt that it held when last heard of.
+    pub blocks: usize,
+}
+
+impl From<&v1::PrefixSource> for Source {
+    fn from(wire: &v1::PrefixSource) -> Self {
+        Self {
+            grpc_endpoint: wire.grpc_endpoint.clone(),
+            blocks: usize::try_from(wire.blocks).unwrap_or(usize::MAX),
+        }
+    }
+}
+
+/// What to fetch.
+#[derive(Debug, Clone, Copy)]
+pub struct Fetch<'a> {
+    /// Root of the space: the parent of the chain's first block.
+    pub root: BlockHash,
+    /// Hashes of the prompt's full blocks.
+    pub chain: &'a [BlockHash],
+    /// Leading blocks that the caller has pinned. Fetching starts after them.
+    pub from: usize,
+    /// Peers to ask, best first.
+    pub sources: &'a [Source],
+    /// When to stop, whatever has come.
+    pub deadline: Instant,
+}
+
+/// What a fetch brought.
+#[derive(Debug, Default)]
+pub struct FetchOutcome {
+    /// The blocks of the chain from [`Fetch::from`] on, as many as could be had.
+    pub blocks: Vec<BlockPin>,
+    /// Bytes that were moved for this fetch and found good.
+    pub bytes: u64,
+    /// What moved them, such as `tcp`; `none` if nothing moved.
+    pub transport: &'static str,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum FetchError {
+    #[error("{0}")]
+    Peer(Error),
+    #[error("{0}")]
+    Transfer(#[from] TransferError),
+    #[error("{0}")]
+    Corrupt(#[from] Corrupt),
+    #[error("peer answered {0}")]
+    Answer(&'static str),
+    #[error("no memory is left for fetched blocks")]
+    OutOfBlocks,
+}
+
+/// Fetches as much of the chain as the sources give. Dropping the future stops it; what is complete by then
+/// stays cached.
+pub async fn fetch_prefix(store: &Store, channels: &Channels, fetch: Fetch<'_>) -> FetchOutcome {
+    let mut outcome = FetchOutcome {
+        transport: "none",
+        ..FetchOutcome::default()
+    };
+    for _ in 0..ROUNDS_MAX {
+        let rest = fetch
+            .chain
+            .get(fetch.from + outcome.blocks.len()..)
+            .unwrap_or_default();
+        outcome.blocks.extend(store.pin_held(rest));
+        let next = fetch.from + outcome.blocks.len();
+        let rest = fetch.chain.get(next..).unwrap_or_default();
+        if rest.is_empty() || fetch.sources.is_empty() || fetch.deadline <= Instant::now() {
+            break;
+        }
+        match store.inner().flights.claim(rest) {
+            Claim::Follow(flight) => {
+                if timeout_at(fetch.deadline, flight.ended()).await.is_err() {
+                    break;
+                }
+            }
+            Claim::Lead(flight) => {
+                let end = next + flight.len();
+                lead(store, channels, fetch, end, &mut outcome).await;
+                if fetch.from + outcome.blocks.len() < end {
+                    break;
+                }
+            }
+        }
+    }
+    outcome
+}
+
+/// Fetches the chain's blocks up to `end`, which nobody else is fetching, from one source after the other.
+async fn lead(store: &Store, channels: &Channels, fetch: Fetch<'_>, end: usize, outcome: &mut FetchOutcome) {
+    let permit = timeout_at(fetch.deadline, store.inner().fetch_permits.acquire()).await;
+    let Ok(Ok(_permit)) = permit else {
+        return;
+    };
+    for (i, source) in fetch.sources.iter().enumerate() {
+        let next = fetch.from + outcome.blocks.len();
+        let remaining = fetch.deadline.saturating_duration_since(Instant::now());
+        if next >= end || remaining.is_zero() {
+            return;
+        }
+        if source.blocks <= next {
+            continue;
+        }
+        // A source that stalls leaves time for the ones after it.
+        let share = if i + 1 < fetch.sources.len() {
+            remaining / 2
+        } else {
+            remaining
+        };
+        let attempt = Attempt {
+            store,
+            fetch,
+            end: end.min(source.blocks),
+            deadline: Instant::now() + share,
+        };
+        match attempt.run(channels, &source.grpc_endpoint, outcome).await {
+            Ok(()) => {}
+            Err(FetchError::OutOfBlocks) => return,
+            Err(error) => {
+                store.inner().metrics.fetch_failures.inc();
+                tracing::debug!(peer = source.grpc_endpoint, %error, "prefix not fetched from peer");
+            }
+        }
+    }
+}
+
+/// One source's turn.
+#[derive(Clone, Copy)]
+struct Attempt<'a> {
+    store: &'a Store,
+    fetch: Fetch<'a>,
+    end: usize,
+    deadline: Instant,
+}
+
+/// A block that a peer promised.
+struct Promised {
+    hash: BlockHash,
+    remote_offset: u64,
+    checksum: Checksum,
+}
+
+impl Attempt<'_> {
+    async fn run(
+        &self,
+        channels: &Channels,
+        endpoint: &str,
+        outcome: &mut FetchOutcome,
+    ) -> Result<(), FetchError> {
+        let next = self.fetch.from + outcome.blocks.len();
+        let wanted_max = self.store.config().hashes_max;
+        let wanted = &self.fetch.chain[next..self.end.min(next + wanted_max)];
+        let channel = channels.get(endpoint).map_err(FetchError::Peer)?;
+        let (lease, remote, promised) = self.acquire(channel, wanted).await?;
+        let block_bytes = self.store.layout().block_bytes() as u64;
+        let batch = (self.store.config().fetch_batch_bytes / block_bytes).max(1);
+        let batch = usize::try_from(batch).unwrap_or(usize::MAX);
+        for promised in promised.chunks(batch) {
+            self.pull(&remote, promised, outcome).await?;
+        }
+        drop(lease);
+        Ok(())
+    }
+
+    /// Pins blocks at the peer. None are a miss: the peer dropped them since it was last heard of.
+    async fn acquire(
+        &self,
+        channel: Channel,
+        wanted: &[BlockHash],
+    ) -> Result<(Lease, RemoteRegion, Vec<Promised>), FetchError> {
+        let now = Instant::now();
+        let ttl = self.deadline.saturating_duration_since(now) + LEASE_MARGIN;
+        let mut client = KvStoreClient::new(channel);
+        let request = v1::AcquireRequest {
+            kv_root: self.store.common_root().0.to_vec(),
+            hashes: convert::hashes_to_wire(wanted),
+            lease_ttl_ms: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX),
+        };
+        let until = self.deadline.min(now + self.store.config().acquire_timeout);
+        let answer = timeout_at(until, client.acquire(request))
+            .await
+            .map_err(|_| FetchError::Answer("not in time"))?
+            .map_err(|status| FetchError::Peer(status::from_status(&status)))?
+            .into_inner();
+        let lease = Lease {
+            client,
+            id: answer.lease_id,
+            open: !answer.blocks.is_empty(),
+        };
+        let promised = read_promises(wanted, &answer.blocks)?;
+        let region = answer.region.ok_or(FetchError::Answer("without a region"))?;
+        let remote = RemoteRegion {
+            endpoint: region.endpoint,
+            epoch: Epoch(region.epoch),
+            key: region.key,
+        };
+        Ok((lease, remote, promised))
+    }
+
+    /// Reads blocks from the peer's memory, verifies them and makes them ours.
+    async fn pull(
+        &self,
+        remote: &RemoteRegion,
+        promised: &[Promised],
+        outcome: &mut FetchOutcome,
+    ) -> Result<(), FetchError> {
+        let blocks = self.store.allocate_up_to(promised.len());
+        let block_bytes = self.store.layout().block_bytes() as u64;
+        let slice = |block: &OwnedBlock, promised: &Promised| Slice {
+            local_offset: self.store.byte_range(block.block()).start,
+            remote_offset: promised.remote_offset,
+            len: block_bytes,
+        };
+        let batch = TransferBatch {
+            region: self.store.region(),
+            remote: remote.clone(),
+            slices: blocks
+                .iter()
+                .zip(promised)
+                .map(|(block, from)| slice(block, from))
+                .collect(),
+        };
+        let complete = blocks.len() == promised.len();
+        let transport = self.store.transport();
+        if !blocks.is_empty() {
+            transport.read(batch, self.deadline).await?;
+        }
+        for (block, promised) in blocks.into_iter().zip(promised) {
+            let next = self.fetch.from + outcome.blocks.len();
+            let parent = match next.checked_sub(1) {
+                None => self.fetch.root,
+                Some(before) => self.fetch.chain[before],
+            };
+            let pin = self
+                .store
+                .adopt(block, parent, promised.hash, promised.checksum)?;
+            outcome.blocks.push(pin);
+            outcome.bytes += block_bytes;
+            outcome.transport = transport.name();
+            self.store.inner().metrics.fetched_blocks.inc();
+            self.store.inner().metrics.fetched_bytes.inc_by(block_bytes);
+            // Hashing one block is short, hashing all of them is not.
+            tokio::task::yield_now().await;
+        }
+        if complete {
+            Ok(())
+        } else {
+            Err(FetchError::OutOfBlocks)
+        }
+    }
+}
+
+/// Checks that the peer promises a leading run of what was asked for.
+fn read_promises(wanted: &[BlockHash], blocks: &[v1::BlockDescriptor]) -> Result<Vec<Promised>, FetchError> {
+    if blocks.len() > wanted.len() {
+        return Err(FetchError::Answer("more blocks than were asked for"));
+    }
+    let mut promised = Vec::with_capacity(blocks.len());
+    for (block, hash) in blocks.iter().zip(wanted) {
+        if block.hash != hash.0 {
+            return Err(FetchError::Answer("other blocks than were asked for"));
+        }
+        promised.push(Promised {
+            hash: *hash,
+            remote_offset: block.offset,
+            checksum: Checksum(block.checksum),
+        });
+    }
+    Ok(promised)
+}
+
+/// Blocks pinned at a peer. Dropping it tells the peer, without waiting.
+struct Lease {
+    client: KvStoreClient<Channel>,
+    id: u64,
+    open: bool,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return;
+        };
+        if !self.open {
+            return;
+        }
+        let mut client = self.client.clone();
+        let request = v1::ReleaseRequest { lease_id: self.id };
+        // Bounded by its timeout and by the fetches in flight. Its failure costs the peer some memory until the
+        // lease expires; checksums have vouched for the bytes.
+        runtime.spawn(async move {
+            let _ = timeout(RELEASE_TIMEOUT, client.release(request)).await;
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,135 @@
+//! What a store counts: `perigee_kvstore_…`.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+
+use crate::table::Counts;
+
+/// The metrics of one store. Every slot of the pool is in exactly one of the states.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    free: Gauge,
+    owned: Gauge,
+    pinned: Gauge,
+    idle: Gauge,
+    leases: Gauge,
+    pub(crate) hit_blocks: Counter,
+    pub(crate) missed_blocks: Counter,
+    pub(crate) evicted_blocks: Counter,
+    pub(crate) corruptions: Counter,
+    pub(crate) fetched_blocks: Counter,
+    pub(crate) fetched_bytes: Counter,
+    pub(crate) fetch_failures: Counter,
+    pub(crate) leases_expired: Counter,
+    pub(crate) reservations_expired: Counter,
+    pub(crate) watch_snapshots: Counter,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StateLabel {
+    state: &'static str,
+}
+
+impl Metrics {
+    pub(crate) fn register(metrics: &node::Metrics) -> Self {
+        let states = metrics.register(
+            "perigee_kvstore_blocks",
+            "Slots of the pool: free, owned by a writer, cached and pinned, cached and idle",
+            Family::<StateLabel, Gauge>::default(),
+        );
+        let of = |state| states.get_or_create_owned(&StateLabel { state });
+        let count = |name, help| metrics.register(name, help, Counter::<u64>::default());
+        Self {
+            free: of("free"),
+            owned: of("owned"),
+            pinned: of("pinned"),
+            idle: of("idle"),
+            leases: metrics.register(
+                "perigee_kvstore_leases",
+                "Leases that readers hold",
+                Gauge::default(),
+            ),
+            hit_blocks: count("perigee_kvstore_hit_blocks", "Blocks asked for and held"),
+            missed_blocks: count("perigee_kvstore_missed_blocks", "Blocks asked for and not held"),
+            evicted_blocks: count("perigee_kvstore_evicted_blocks", "Blocks evicted to make room"),
+            corruptions: count(
+                "perigee_kvstore_corruptions",
+                "Blocks whose bytes did not match their checksum",
+            ),
+            fetched_blocks: count("perigee_kvstore_fetched_blocks", "Blocks fetched from peers"),
+            fetched_bytes: count("perigee_kvstore_fetched_bytes", "Bytes of KV fetched from peers"),
+            fetch_failures: count(
+                "perigee_kvstore_fetch_failures",
+                "Peers that did not give what they were asked for",
+            ),
+            leases_expired: count("perigee_kvstore_leases_expired", "Leases that readers let expire"),
+            reservations_expired: count(
+                "perigee_kvstore_reservations_expired",
+                "Reservations that writers let expire",
+            ),
+            watch_snapshots: count(
+                "perigee_kvstore_watch_snapshots",
+                "Snapshots of the log sent to watchers",
+            ),
+        }
+    }
+
+    pub(crate) fn set_counts(&self, counts: Counts) {
+        let Counts {
+            capacity: _,
+            free,
+            owned,
+            cached,
+            pinned,
+            reclaimable: _,
+            leases,
+        } = counts;
+        let set = |gauge: &Gauge, value: usize| {
+            gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        };
+        set(&self.free, free);
+        set(&self.owned, owned);
+        set(&self.pinned, pinned);
+        set(&self.idle, cached - pinned);
+        set(&self.leases, leases);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_show_under_their_names() {
+        let page = node::Metrics::new();
+        let metrics = Metrics::register(&page);
+        metrics.set_counts(Counts {
+            capacity: 10,
+            free: 4,
+            owned: 1,
+            cached: 5,
+            pinned: 2,
+            reclaimable: 3,
+            leases: 1,
+        });
+        metrics.fetched_bytes.inc_by(12);
+        let text = page.encode();
+        for line in [
+            "perigee_kvstore_blocks{state=\"free\"} 4",
+            "perigee_kvstore_blocks{state=\"owned\"} 1",
+            "perigee_kvstore_blocks{state=\"pinned\"} 2",
+            "perigee_kvstore_blocks{state=\"idle\"} 3",
+            "perigee_kvstore_leases 1",
+            "perigee_kvstore_fetched_bytes_total 12",
+            "perigee_kvstore_hit_blocks_total 0",
+            "perigee_kvstore_corruptions_total 0",
+        ] {
+            assert!(
+                text.lines().any(|found| found == line),
+                "{line} is missing in\n{text}"
+            );
+        }
+    }
+}

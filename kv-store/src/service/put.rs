@@ -1,0 +1,165 @@
+//! The two-phase put: a peer reserves slots, writes to them, and commits or aborts.
+//!
+//! Invariant: slots go from the writer to the cache or back to the pool only through the fence, whichever way the
+//! reservation ends; and it ends exactly once, since whoever takes it out of the table is its only owner.
+
+use std::sync::{Mutex, MutexGuard};
+use std::time::Instant;
+
+use proto::v1;
+use types::{BlockHash, Checksum, Error, ErrorCode};
+
+use super::{region_to_wire, too_many};
+use crate::expiring::Expiring;
+use crate::store::{BlockPin, Grant, Store};
+
+/// The reservations that are open.
+#[derive(Debug)]
+pub(super) struct Puts {
+    open: Mutex<Expiring<Reservation>>,
+}
+
+#[derive(Debug)]
+struct Reservation {
+    grant: Grant,
+    /// The block before the first one granted, or the root.
+    parent: BlockHash,
+    /// Identities of the blocks granted.
+    hashes: Vec<BlockHash>,
+    /// Keeps what comes before, so that the blocks find their parent.
+    before: Vec<BlockPin>,
+}
+
+impl Puts {
+    pub(super) fn new(store: &Store) -> Self {
+        Self {
+            // Writers of an earlier incarnation must not meet reservations of this one: see `Expiring::new`.
+            open: Mutex::new(Expiring::new(store.config().reservations_max, store.epoch().0)),
+        }
+    }
+
+    /// Grants slots for those of the hashes that are not held. Opens nothing (id 0) where none are to be written.
+    pub(super) fn reserve(
+        &self,
+        store: &Store,
+        parent: BlockHash,
+        hashes: &[BlockHash],
+        expires: Instant,
+    ) -> Result<v1::ReserveResponse, Error> {
+        let retry = store.config().expiry_interval;
+        let full = |full| too_many("reservations", full, retry);
+        self.lock().check_room().map_err(full)?;
+        let mut before = Vec::new();
+        if !store.is_root(parent) {
+            before = store.pin_held(&[parent]);
+            if before.is_empty() {
+                return Err(Error::new(
+                    ErrorCode::NotFound,
+                    format!("parent {parent} is neither held by this node nor the root of a space it serves"),
+                ));
+            }
+        }
+        let held = store.pin_held(hashes);
+        let held_blocks = held.len() as u64;
+        let missing = &hashes[held.len()..];
+        let parent = held.last().map_or(parent, BlockPin::hash);
+        before.extend(held);
+        let blocks = store.allocate_up_to(missing.len());
+        if blocks.is_empty() {
+            return Ok(v1::ReserveResponse {
+                reservation_id: 0,
+                region: None,
+                held_blocks,
+                block_offsets: Vec::new(),
+            });
+        }
+        let hashes = missing[..blocks.len()].to_vec();
+        let grant = store.grant(blocks)?;
+        let region = region_to_wire(grant.region());
+        let block_offsets = grant.block_offsets();
+        let reservation = Reservation {
+            grant,
+            parent,
+            hashes,
+            before,
+        };
+        let reservation_id = self.lock().insert(expires, reservation).map_err(full)?;
+        Ok(v1::ReserveResponse {
+            reservation_id,
+            region: Some(region),
+            held_blocks,
+            block_offsets,
+        })
+    }
+
+    /// Fences the writer, verifies every block, then publishes all of them, or none.
+    pub(super) async fn commit(&self, store: &Store, id: u64, checksums: &[u64]) -> Result<(), Error> {
+        let Reservation {
+            grant,
+            mut parent,
+            hashes,
+            before,
+        } = self.take(id)?;
+        let blocks = grant.fence().await;
+        if checksums.len() != blocks.len() {
+            let given = checksums.len();
+            let granted = blocks.len();
+            return Err(Error::invalid(
+                "checksums",
+                format!("{given} checksums were given for {granted} blocks; the reservation is aborted"),
+            ));
+        }
+        let checksums = || checksums.iter().copied().map(Checksum);
+        for ((block, hash), checksum) in blocks.iter().zip(&hashes).zip(checksums()) {
+            store.verify(block, *hash, checksum)?;
+            // Hashing one block is short, hashing all of them is not.
+            tokio::task::yield_now().await;
+        }
+        let mut published = Vec::with_capacity(blocks.len());
+        for ((block, hash), checksum) in blocks.into_iter().zip(hashes).zip(checksums()) {
+            published.push(store.commit_verified(block, parent, hash, checksum));
+            parent = hash;
+        }
+        // Only now may any of them be evicted.
+        drop((before, published));
+        Ok(())
+    }
+
+    /// Fences the writer and frees the slots.
+    pub(super) async fn abort(&self, id: u64) -> Result<(), Error> {
+        let reservation = self.take(id)?;
+        drop(reservation.grant.fence().await);
+        Ok(())
+    }
+
+    /// Ends the reservations whose time has come; their writers are fenced in the background. Returns how many
+    /// they were.
+    pub(super) fn expire(&self, now: Instant) -> usize {
+        let mut expired = 0;
+        loop {
+            // Taken and dropped one by one, and outside of the lock.
+            let reservation = self.lock().expire(now);
+            match reservation {
+                Some(reservation) => drop(reservation),
+                None => return expired,
+            }
+            expired += 1;
+        }
+    }
+
+    fn take(&self, id: u64) -> Result<Reservation, Error> {
+        let reservation = self.lock().remove(id);
+        reservation.ok_or_else(|| {
+            Error::new(
+                ErrorCode::NotFound,
+                format!("reservation {id} is not open: it was ended, has expired, or never was"),
+            )
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Expiring<Reservation>> {
+        self.open
+            .lock()
+            .expect("nothing panics while it looks up a reservation")
+    }
+}

@@ -1,0 +1,513 @@
+//! A node's blocks, for the code of the same process: the table, the bytes it is about, and guards.
+//!
+//! Invariant: whoever holds a guard may use its block as the guard says, and nobody can give a block back
+//! while another one still uses it. [`OwnedBlock`] is the right to write, [`BlockPin`] the right to read,
+//! [`Grant`] the state in which a peer may write: from it a block returns through the transport's fence only.
+//!
+//! The table is behind one mutex that is held for table operations alone: never across an await, and never
+//! while a block is hashed or moved.
+//!
+//! Elsewhere: decisions (`table.rs`), one sequence's blocks (`sequence.rs`), peers (`service.rs`, `fetch.rs`).
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tokio::sync::{Semaphore, watch};
+use transfer::{RegionId, RemoteRegion, TransferError, Transport};
+use types::layout::LayoutError;
+use types::{
+    BlockDescriptor, BlockHash, BlockId, Checksum, Epoch, ErrorCode, Generation, KvLayout, KvSpace, Memory,
+    MemoryKind, Token,
+};
+
+use crate::Config;
+use crate::fetch::Flights;
+use crate::metrics::Metrics;
+use crate::roots::Roots;
+use crate::table::{BlockTable, Committed, Counts, OutOfBlocks, Parent, TableLimits};
+
+mod grant;
+mod guard;
+
+pub use grant::Grant;
+pub use guard::{BlockPin, OwnedBlock};
+
+/// A node's blocks. Clones are handles of the same store.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+/// Why a pool cannot become a store.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// The shape of a block is unusable.
+    #[error("the KV layout is unusable: {0}")]
+    Layout(#[from] LayoutError),
+    /// Not one block fits.
+    #[error("a pool of {memory_bytes} bytes holds no block of {block_bytes} bytes")]
+    TooSmall {
+        /// Size of the pool.
+        memory_bytes: usize,
+        /// Size of a block.
+        block_bytes: usize,
+    },
+    /// Blocks are numbered by 32 bits.
+    #[error(
+        "a pool of {blocks} blocks is larger than the {} that can be numbered",
+        u32::MAX
+    )]
+    TooLarge {
+        /// Blocks that would fit.
+        blocks: usize,
+    },
+    /// Checksums are computed by this processor.
+    #[error("the pool is memory of kind {kind:?}, but a store needs host memory")]
+    NotHost {
+        /// The memory's kind.
+        kind: MemoryKind,
+    },
+    /// The transport refused the pool.
+    #[error("the pool cannot be registered for transfers: {0}")]
+    Transport(#[from] TransferError),
+}
+
+impl StoreError {
+    /// What the caller can do about it.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::Layout(_) | Self::TooSmall { .. } | Self::TooLarge { .. } | Self::NotHost { .. } => {
+                ErrorCode::Invalid
+            }
+            Self::Transport(error) => error.code(),
+        }
+    }
+}
+
+impl From<StoreError> for types::Error {
+    fn from(error: StoreError) -> Self {
+        Self::new(error.code(), error.to_string())
+    }
+}
+
+/// Bytes that are not what their checksum says. They were dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("block {hash} has checksum {:016x}, but {:016x} was promised", found.0, expected.0)]
+pub struct Corrupt {
+    /// Identity the block should have had.
+    pub hash: BlockHash,
+    /// Checksum promised.
+    pub expected: Checksum,
+    /// Checksum of the bytes.
+    pub found: Checksum,
+}
+
+impl From<Corrupt> for types::Error {
+    fn from(error: Corrupt) -> Self {
+        Self::new(ErrorCode::Corrupt, error.to_string())
+    }
+}
+
+/// A store in numbers.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Stats {
+    /// Slots by use.
+    pub blocks: Counts,
+    /// Bytes of one block.
+    pub block_bytes: usize,
+    /// Blocks asked for and held.
+    pub hits: u64,
+    /// Blocks asked for and not held.
+    pub misses: u64,
+    /// Blocks evicted to make room.
+    pub evictions: u64,
+    /// Blocks whose bytes did not match their checksum.
+    pub corruptions: u64,
+    /// Bytes fetched from peers.
+    pub fetched_bytes: u64,
+    /// Number of the newest entry of the log.
+    pub log_sequence: u64,
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store")
+            .field("blocks", &self.table().counts())
+            .finish()
+    }
+}
+
+pub(crate) struct Inner {
+    pub(crate) config: Config,
+    space: KvSpace,
+    common_root: BlockHash,
+    epoch: Epoch,
+    memory: Arc<dyn Memory>,
+    transport: Arc<dyn Transport>,
+    region: RegionId,
+    exposed: RemoteRegion,
+    block_bytes: usize,
+    table: Mutex<BlockTable>,
+    roots: Mutex<Roots>,
+    /// Number of the newest log entry.
+    changed: watch::Sender<u64>,
+    pub(crate) flights: Arc<Flights>,
+    pub(crate) fetch_permits: Semaphore,
+    pub(crate) metrics: Metrics,
+}
+
+impl Store {
+    /// Manages `memory` as a pool of as many blocks as fit, registers it with the transport and lets peers read it.
+    ///
+    /// `epoch` is this incarnation of the node; `space` is the space that tenants share. One process has one
+    /// store per set of metrics.
+    pub fn new(
+        config: Config,
+        space: KvSpace,
+        epoch: Epoch,
+        memory: Arc<dyn Memory>,
+        transport: Arc<dyn Transport>,
+        metrics: &node::Metrics,
+    ) -> Result<Self, StoreError> {
+        space.layout.validate()?;
+        let kind = memory.kind();
+        if kind != MemoryKind::Host {
+            return Err(StoreError::NotHost { kind });
+        }
+        let block_bytes = space.layout.block_bytes();
+        let capacity = memory.len() / block_bytes;
+        if capacity == 0 {
+            return Err(StoreError::TooSmall {
+                memory_bytes: memory.len(),
+                block_bytes,
+            });
+        }
+        if u32::try_from(capacity).is_err() {
+            return Err(StoreError::TooLarge { blocks: capacity });
+        }
+        let region = transport.register(memory.clone())?;
+        let exposed = transport.expose_read(region)?;
+        let table = BlockTable::new(TableLimits {
+            capacity,
+            log_entries_max: config.log_entries_max,
+            leases_max: config.leases_max,
+            // Epochs are far apart, so no incarnation gets to the lease ids of the next one.
+            first_lease: epoch.0,
+        });
+        let metrics = Metrics::register(metrics);
+        metrics.set_counts(table.counts());
+        Ok(Self {
+            inner: Arc::new(Inner {
+                common_root: space.root(),
+                epoch,
+                memory,
+                transport,
+                region,
+                exposed,
+                block_bytes,
+                table: Mutex::new(table),
+                roots: Mutex::new(Roots::new(space.clone())),
+                changed: watch::Sender::new(0),
+                flights: Arc::default(),
+                fetch_permits: Semaphore::new(config.fetches_max.max(1)),
+                metrics,
+                space,
+                config,
+            }),
+        })
+    }
+
+    /// The space that tenants share.
+    pub fn space(&self) -> &KvSpace {
+        &self.inner.space
+    }
+
+    /// Root of [`Store::space`]: the identity that nodes compare.
+    pub fn common_root(&self) -> BlockHash {
+        self.inner.common_root
+    }
+
+    /// Format and size of a block.
+    pub fn layout(&self) -> KvLayout {
+        self.inner.space.layout
+    }
+
+    /// This incarnation of the node.
+    pub fn epoch(&self) -> Epoch {
+        self.inner.epoch
+    }
+
+    /// Bounds and times.
+    pub fn config(&self) -> &Config {
+        &self.inner.config
+    }
+
+    /// The pool. Block `i` starts at byte `i * block_bytes`.
+    pub fn memory(&self) -> Arc<dyn Memory> {
+        self.inner.memory.clone()
+    }
+
+    /// The pool, as the local side of transfers.
+    pub fn region(&self) -> RegionId {
+        self.inner.region
+    }
+
+    /// The pool, as peers read it.
+    pub fn exposed(&self) -> &RemoteRegion {
+        &self.inner.exposed
+    }
+
+    /// What moves bytes to and from peers.
+    pub fn transport(&self) -> Arc<dyn Transport> {
+        self.inner.transport.clone()
+    }
+
+    /// Blocks of the pool.
+    pub fn capacity(&self) -> usize {
+        self.inner.memory.len() / self.inner.block_bytes
+    }
+
+    /// Where a block lies in the pool and its region, in bytes.
+    pub fn byte_range(&self, block: BlockId) -> Range<u64> {
+        let bytes = self.inner.block_bytes as u64;
+        let start = u64::from(block.0) * bytes;
+        start..start + bytes
+    }
+
+    /// The root of a tenant's space, and the hashes of every full block of `tokens` in it. The empty tenant
+    /// is the common space.
+    pub fn chain(&self, tenant: &str, tokens: &[Token]) -> (BlockHash, Vec<BlockHash>) {
+        let root = self.roots().of_tenant(tenant);
+        (root, root.chain(tokens, self.layout().block_tokens))
+    }
+
+    /// Pins the longest leading run of held blocks, and counts the rest as misses.
+    pub fn match_prefix(&self, hashes: &[BlockHash]) -> Vec<BlockPin> {
+        let held = self.pin_held(hashes);
+        self.count_match(hashes.len(), held.len());
+        held
+    }
+
+    /// As [`Store::match_prefix`], but counts nothing: for whoever asks again.
+    pub(crate) fn pin_held(&self, hashes: &[BlockHash]) -> Vec<BlockPin> {
+        let held = self.with_table(|table| table.match_prefix(hashes));
+        held.into_iter()
+            .map(|descriptor| BlockPin::cached(self.clone(), descriptor))
+            .collect()
+    }
+
+    /// Leading blocks of a chain that are held now. They may be evicted at any time.
+    pub fn lookup_len(&self, chain: &[BlockHash]) -> usize {
+        self.table().match_len(chain)
+    }
+
+    /// Blocks that [`Store::allocate`] could give now.
+    pub fn available(&self) -> usize {
+        self.table().available()
+    }
+
+    /// Takes `count` blocks for writing, or none; their bytes are what was there before. Evicts the least recently
+    /// used blocks that nobody pins.
+    pub fn allocate(&self, count: usize) -> Result<Vec<OwnedBlock>, OutOfBlocks> {
+        let blocks = self.with_table(|table| table.allocate(count))?;
+        Ok(blocks
+            .into_iter()
+            .map(|block| OwnedBlock::new(self.clone(), block))
+            .collect())
+    }
+
+    /// Takes as many blocks as there are, up to `count`.
+    pub(crate) fn allocate_up_to(&self, count: usize) -> Vec<OwnedBlock> {
+        let blocks = self.with_table(|table| table.allocate(count.min(table.available())));
+        let blocks = blocks.expect("what is available can be allocated");
+        blocks
+            .into_iter()
+            .map(|block| OwnedBlock::new(self.clone(), block))
+            .collect()
+    }
+
+    /// Makes a complete block available under its hash. Nobody may write it any more, not even the caller.
+    ///
+    /// If the hash is held already, the result is a pin of that block (the bytes are the same) and the slot
+    /// given is freed: see [`BlockPin::block`] for the block to use. If the parent is neither held nor a root,
+    /// the block cannot be cached: the result is a private pin ([`BlockPin::is_private`]) of the slot given.
+    pub fn commit(&self, block: OwnedBlock, parent: BlockHash, hash: BlockHash) -> BlockPin {
+        let (pin, _displaced) = self.commit_keeping(block, parent, hash);
+        pin
+    }
+
+    /// As [`Store::commit`], but the slot of a block that was held already is returned instead of being freed.
+    pub(crate) fn commit_keeping(
+        &self,
+        block: OwnedBlock,
+        parent: BlockHash,
+        hash: BlockHash,
+    ) -> (BlockPin, Option<OwnedBlock>) {
+        let checksum = self.checksum(block.block());
+        self.publish(block, parent, hash, checksum)
+    }
+
+    /// Verifies a block that a peer wrote, then commits it. A block that fails is freed.
+    pub fn adopt(
+        &self,
+        block: OwnedBlock,
+        parent: BlockHash,
+        hash: BlockHash,
+        checksum: Checksum,
+    ) -> Result<BlockPin, Corrupt> {
+        self.verify(&block, hash, checksum)?;
+        Ok(self.commit_verified(block, parent, hash, checksum))
+    }
+
+    /// The second half of [`Store::adopt`], for callers that verify many blocks before they commit one.
+    pub(crate) fn commit_verified(
+        &self,
+        block: OwnedBlock,
+        parent: BlockHash,
+        hash: BlockHash,
+        checksum: Checksum,
+    ) -> BlockPin {
+        let (pin, _displaced) = self.publish(block, parent, hash, checksum);
+        pin
+    }
+
+    /// Checks the bytes of a block that a peer wrote; counts it if they are wrong.
+    pub fn verify(&self, block: &OwnedBlock, hash: BlockHash, expected: Checksum) -> Result<(), Corrupt> {
+        let found = self.checksum(block.block());
+        if found == expected {
+            return Ok(());
+        }
+        self.inner.metrics.corruptions.inc();
+        Err(Corrupt {
+            hash,
+            expected,
+            found,
+        })
+    }
+
+    /// XXH3-64 of all bytes of a block. The caller owns or pins it.
+    pub fn checksum(&self, block: BlockId) -> Checksum {
+        let bytes = self.inner.block_bytes;
+        let hashed = transfer::memory::with_bytes(
+            self.inner.memory.as_ref(),
+            block.0 as usize * bytes,
+            bytes,
+            xxhash_rust::xxh3::xxh3_64,
+        );
+        Checksum(hashed.expect("blocks are inside the pool, and the pool is host memory"))
+    }
+
+    /// Lets a peer write to these blocks, and nowhere else. The blocks come back from [`Grant::fence`].
+    pub fn grant(&self, blocks: Vec<OwnedBlock>) -> Result<Grant, TransferError> {
+        Grant::new(self.clone(), blocks)
+    }
+
+    /// The store in numbers.
+    pub fn stats(&self) -> Stats {
+        let (blocks, evictions, log_sequence) = {
+            let table = self.table();
+            (table.counts(), table.evictions(), table.log().last())
+        };
+        let metrics = &self.inner.metrics;
+        Stats {
+            blocks,
+            block_bytes: self.inner.block_bytes,
+            hits: metrics.hit_blocks.get(),
+            misses: metrics.missed_blocks.get(),
+            evictions,
+            corruptions: metrics.corruptions.get(),
+            fetched_bytes: metrics.fetched_bytes.get(),
+            log_sequence,
+        }
+    }
+
+    /// Notices new entries of the log: holds the number of the newest one.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.inner.changed.subscribe()
+    }
+
+    pub(crate) fn inner(&self) -> &Inner {
+        &self.inner
+    }
+
+    pub(crate) fn is_root(&self, hash: BlockHash) -> bool {
+        self.roots().is_root(hash)
+    }
+
+    pub(crate) fn count_match(&self, asked: usize, held: usize) {
+        self.inner.metrics.hit_blocks.inc_by(held as u64);
+        self.inner.metrics.missed_blocks.inc_by((asked - held) as u64);
+    }
+
+    /// For looking only; changes go through [`Store::with_table`].
+    pub(crate) fn table(&self) -> MutexGuard<'_, BlockTable> {
+        self.inner
+            .table
+            .lock()
+            .expect("a panic inside the table is a defect that nothing may outlive")
+    }
+
+    /// Runs one change of the table, and tells metrics and watchers.
+    pub(crate) fn with_table<R>(&self, change: impl FnOnce(&mut BlockTable) -> R) -> R {
+        let mut table = self.table();
+        let evicted = table.evictions();
+        let result = change(&mut table);
+        // Inside the lock, so that gauges never go back to older counts.
+        self.inner.metrics.set_counts(table.counts());
+        let evicted = table.evictions() - evicted;
+        let newest = table.log().last();
+        drop(table);
+        self.inner.metrics.evicted_blocks.inc_by(evicted);
+        self.inner.changed.send_if_modified(|known| {
+            let newer = newest > *known;
+            *known = newest.max(*known);
+            newer
+        });
+        result
+    }
+
+    fn publish(
+        &self,
+        block: OwnedBlock,
+        parent: BlockHash,
+        hash: BlockHash,
+        checksum: Checksum,
+    ) -> (BlockPin, Option<OwnedBlock>) {
+        let parent = if self.is_root(parent) {
+            Parent::Root(parent)
+        } else {
+            Parent::Block(parent)
+        };
+        match self.with_table(|table| table.commit(block.block(), parent, hash, checksum)) {
+            Committed::Stored(descriptor) => {
+                block.give_up();
+                (BlockPin::cached(self.clone(), descriptor), None)
+            }
+            Committed::Duplicate(descriptor) => (BlockPin::cached(self.clone(), descriptor), Some(block)),
+            Committed::Orphan => {
+                let descriptor = BlockDescriptor {
+                    hash,
+                    block: block.block(),
+                    generation: self.generation(block.block()),
+                    checksum,
+                };
+                (BlockPin::private(block, descriptor), None)
+            }
+        }
+    }
+
+    fn generation(&self, block: BlockId) -> Generation {
+        self.table().generation(block)
+    }
+
+    fn roots(&self) -> MutexGuard<'_, Roots> {
+        self.inner
+            .roots
+            .lock()
+            .expect("nothing panics while it looks up a root")
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,105 @@
+//! Blocks that a peer may write.
+//!
+//! Invariant: a block leaves this state only after [`transfer::Transport::revoke`] returned. Whatever happens to the code
+//! that holds a [`Grant`] (an error, a cancelled request, a runtime that stops), no block is freed
+//! before: at worst it is never used again.
+
+use std::fmt;
+use std::mem;
+
+use tokio::runtime::Handle;
+use transfer::{RemoteRegion, TransferError};
+use types::BlockId;
+
+use super::{OwnedBlock, Store};
+
+/// A peer's right to write to some blocks. Nobody here may touch them until [`Grant::fence`] gives them back.
+///
+/// Dropping it fences the peer in the background and then frees the blocks. That needs the runtime: dropped on a
+/// thread without one, its blocks are lost until the process ends.
+#[must_use = "dropping it fences the peer and frees the blocks"]
+pub struct Grant {
+    store: Store,
+    region: RemoteRegion,
+    /// Plain ids on purpose: dropping them unfenced loses the slots instead of freeing them.
+    blocks: Vec<BlockId>,
+    fenced: bool,
+}
+
+impl Grant {
+    pub(super) fn new(store: Store, blocks: Vec<OwnedBlock>) -> Result<Self, TransferError> {
+        let ranges = blocks
+            .iter()
+            .map(|owned| store.byte_range(owned.block()))
+            .collect();
+        let region = store.inner.transport.grant_write(store.inner.region, ranges)?;
+        Ok(Self {
+            blocks: blocks.into_iter().map(OwnedBlock::give_up).collect(),
+            store,
+            region,
+            fenced: false,
+        })
+    }
+
+    /// What the peer needs to write.
+    pub fn region(&self) -> &RemoteRegion {
+        &self.region
+    }
+
+    /// The blocks, in the order they were given.
+    pub fn blocks(&self) -> &[BlockId] {
+        &self.blocks
+    }
+
+    /// Region offset of each block, in bytes, in the order they were given.
+    pub fn block_offsets(&self) -> Vec<u64> {
+        let blocks = self.blocks.iter();
+        blocks.map(|block| self.store.byte_range(*block).start).collect()
+    }
+
+    /// Ends the peer's right and gives the blocks back: when this returns, no remote write can touch them any
+    /// more. Where the future is dropped before, the fence goes on in the background and the blocks are
+    /// freed after it.
+    pub async fn fence(mut self) -> Vec<OwnedBlock> {
+        self.store.inner.transport.revoke(&self.region).await;
+        self.fenced = true;
+        let blocks = mem::take(&mut self.blocks);
+        blocks
+            .into_iter()
+            .map(|block| OwnedBlock::new(self.store.clone(), block))
+            .collect()
+    }
+}
+
+impl Drop for Grant {
+    fn drop(&mut self) {
+        if self.fenced {
+            return;
+        }
+        let blocks = mem::take(&mut self.blocks);
+        let Ok(runtime) = Handle::try_current() else {
+            tracing::error!(
+                blocks = blocks.len(),
+                "write grant dropped outside of the runtime: its blocks are lost"
+            );
+            return;
+        };
+        let revoked = self.store.inner.transport.revoke(&self.region);
+        let store = self.store.clone();
+        runtime.spawn(async move {
+            revoked.await;
+            for block in blocks {
+                drop(OwnedBlock::new(store.clone(), block));
+            }
+        });
+    }
+}
+
+impl fmt::Debug for Grant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Grant")
+            .field("region", &self.region)
+            .field("blocks", &self.blocks)
+            .finish()
+    }
+}

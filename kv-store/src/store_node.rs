@@ -1,0 +1,161 @@
+//! What `perigee store` runs: a pool and its service, without an engine.
+//!
+//! Its blocks come from writers (`Reserve`/`Commit`), and go to whoever acquires them. Listening and registering
+//! are the process's own, as for every role.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use node::{Identity, LoadSource};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use transfer::memory::MemoryError;
+use transfer::{HostMemory, TcpTransport, TransferError, Transport};
+use types::{ErrorCode, KvSpace, LoadReport, NodeRecord};
+
+use crate::service::Service;
+use crate::store::{Store, StoreError};
+
+/// What can be set of a store node.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Memory for blocks; what is left of the last block is not used.
+    pub capacity_bytes: usize,
+    /// Where the transport listens. Port 0 takes a free one.
+    pub transfer_listen: SocketAddr,
+    /// Bounds and times of the transport.
+    pub transfer: transfer::tcp::Config,
+    /// Bounds and times of the store.
+    pub store: crate::Config,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            // Enough to be useful beside other nodes on a laptop; a deployment sets it.
+            capacity_bytes: 1 << 30,
+            // Several nodes share a machine under `perigee up`.
+            transfer_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            transfer: transfer::tcp::Config::default(),
+            store: crate::Config::default(),
+        }
+    }
+}
+
+/// Why a store node cannot start.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StartError {
+    /// No memory for the pool.
+    #[error("{0}")]
+    Memory(#[from] MemoryError),
+    /// The transport cannot listen.
+    #[error("{0}")]
+    Transport(#[from] TransferError),
+    /// The pool cannot become a store.
+    #[error("{0}")]
+    Store(#[from] StoreError),
+}
+
+impl StartError {
+    /// What the caller can do about it.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::Memory(error) => error.code(),
+            Self::Transport(error) => error.code(),
+            Self::Store(error) => error.code(),
+        }
+    }
+}
+
+impl From<StartError> for types::Error {
+    fn from(error: StartError) -> Self {
+        Self::new(error.code(), error.to_string())
+    }
+}
+
+/// A store without an engine.
+#[derive(Debug, Clone)]
+pub struct StoreNode {
+    store: Store,
+    service: Service,
+    shutdown: CancellationToken,
+}
+
+impl StoreNode {
+    /// Maps the pool and opens the transport. Serves nothing yet.
+    pub async fn start(
+        config: Config,
+        space: KvSpace,
+        identity: &Identity,
+        metrics: &node::Metrics,
+        shutdown: CancellationToken,
+    ) -> Result<Self, StartError> {
+        let Config {
+            capacity_bytes,
+            transfer_listen,
+            transfer,
+            store,
+        } = config;
+        let memory = HostMemory::allocate(capacity_bytes)?;
+        let transport: Arc<dyn Transport> =
+            TcpTransport::bind(transfer_listen, identity.epoch, transfer).await?;
+        let store = Store::new(store, space, identity.epoch, memory, transport, metrics)?;
+        Ok(Self {
+            service: Service::new(store.clone(), shutdown.clone()),
+            store,
+            shutdown,
+        })
+    }
+
+    /// Its blocks.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The gRPC services of the role.
+    pub fn grpc(&self) -> Routes {
+        Routes::new(self.service.server())
+    }
+
+    /// The node's entry in the registry, for a process that is reached at these endpoints (`host:port`).
+    pub fn record(
+        &self,
+        identity: &Identity,
+        model: &str,
+        grpc_endpoint: &str,
+        http_endpoint: &str,
+    ) -> NodeRecord {
+        NodeRecord {
+            id: identity.id.clone(),
+            epoch: identity.epoch,
+            role: identity.role,
+            grpc_endpoint: grpc_endpoint.to_owned(),
+            http_endpoint: http_endpoint.to_owned(),
+            transfer_endpoint: self.store.transport().endpoint(),
+            model: model.to_owned(),
+            kv_space: Some(self.store.space().clone()),
+            capacity_blocks: self.store.capacity() as u64,
+            context_tokens_max: 0,
+        }
+    }
+
+    /// Does what goes on in the background until shutdown.
+    pub async fn run(self) {
+        self.service.run().await;
+    }
+}
+
+impl LoadSource for StoreNode {
+    fn load(&self) -> LoadReport {
+        let blocks = self.store.stats().blocks;
+        LoadReport {
+            free_blocks: blocks.free as u64,
+            evictable_blocks: blocks.reclaimable as u64,
+            draining: self.shutdown.is_cancelled(),
+            ..LoadReport::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,556 @@
+//! A node's table of KV blocks: which slot of the pool holds what, who uses it, and what may be evicted.
+//!
+//! Invariants:
+//! - A slot is `Free`, `Owned` by one writer, or `Cached`: complete, named by its hash and never written again.
+//! - A cached block's parent is cached too, or is the root of a space. So blocks are evicted leaves first, and how
+//!   much of a prefix is held is always a leading run.
+//! - A block is evicted only while nobody pins it. Leases are pins that end by themselves; they bound
+//!   memory, and no reader's safety rests on their clock.
+//! - Every change of what is held is in the log before the call returns.
+//!
+//! A pure state machine: callers pass `now`, and nothing here awaits, logs or touches the bytes.
+//! Misuse by a caller (unpinning what is not pinned, freeing what it does not own) is a defect that would lead
+//! to shared memory being overwritten, so it panics.
+//!
+//! Elsewhere: guards that make misuse impossible (`store.rs`), remote writers (`put.rs`), bytes (`transfer`).
+
+use std::collections::{BTreeSet, HashMap};
+use std::time::Instant;
+
+use types::{
+    BlockDescriptor, BlockEvent, BlockHash, BlockId, Checksum, ErrorCode, Generation, LeaseId, Tier,
+};
+
+use crate::expiring::{Expiring, Full};
+use crate::log::{Log, Snapshot, SnapshotBlock};
+
+mod integrity;
+
+/// Where every block of this table lies. The pool is host memory; other tiers have their own tables.
+const TIER: Tier = Tier::Host;
+
+/// All that a node knows about the blocks in its pool.
+#[derive(Debug)]
+pub struct BlockTable {
+    slots: Vec<Slot>,
+    /// Taken from the end, so that memory which is warm is used again first.
+    free: Vec<BlockId>,
+    by_hash: HashMap<BlockHash, BlockId>,
+    /// Cached blocks without pins and without children, least recently used first.
+    evictable: BTreeSet<(u64, BlockId)>,
+    /// Counts uses; a block's `last_use` is a moment on this clock.
+    clock: u64,
+    owned: usize,
+    pinned: usize,
+    /// Cached blocks that neither are pinned nor have a pinned descendant: all of them could be evicted.
+    reclaimable: usize,
+    leases: Expiring<Vec<BlockId>>,
+    log: Log,
+    evictions: u64,
+}
+
+/// The bounds of a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TableLimits {
+    /// Slots of the pool.
+    pub capacity: usize,
+    /// Entries of the log that are kept.
+    pub log_entries_max: usize,
+    /// Leases open at a time.
+    pub leases_max: usize,
+    /// Where lease ids start: see [`Expiring::new`].
+    pub first_lease: u64,
+}
+
+/// Slots by what they are used for.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    /// All slots.
+    pub capacity: usize,
+    /// Hold nothing.
+    pub free: usize,
+    /// Being written.
+    pub owned: usize,
+    /// Hold a complete block.
+    pub cached: usize,
+    /// Cached blocks with at least one pin.
+    pub pinned: usize,
+    /// Cached blocks that can be evicted on demand.
+    pub reclaimable: usize,
+    /// Leases that are open.
+    pub leases: usize,
+}
+
+/// What became of a block that was committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Committed {
+    /// The slot now holds the block, with one pin for the caller.
+    Stored(BlockDescriptor),
+    /// The hash was held already. That block has one pin more for the caller; the caller still owns its slot.
+    Duplicate(BlockDescriptor),
+    /// The parent is not held, so the block cannot be found by its prefix. The caller still owns its slot.
+    Orphan,
+}
+
+/// What comes before a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parent {
+    /// Nothing: this is the root of a space.
+    Root(BlockHash),
+    /// The block with this hash.
+    Block(BlockHash),
+}
+
+/// The pool cannot give so many blocks, whatever is evicted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{needed} blocks are needed, but {available} of {capacity} are free or evictable")]
+pub struct OutOfBlocks {
+    /// Blocks asked for.
+    pub needed: usize,
+    /// Blocks that could be had.
+    pub available: usize,
+    /// Blocks of the pool.
+    pub capacity: usize,
+}
+
+impl OutOfBlocks {
+    /// What the caller can do: wait for others to end, unless the pool is too small for ever.
+    pub fn code(&self) -> ErrorCode {
+        if self.needed > self.capacity {
+            ErrorCode::Invalid
+        } else {
+            ErrorCode::Overloaded
+        }
+    }
+}
+
+impl From<OutOfBlocks> for types::Error {
+    fn from(error: OutOfBlocks) -> Self {
+        Self::new(error.code(), error.to_string())
+    }
+}
+
+#[derive(Debug)]
+struct Slot {
+    generation: Generation,
+    state: SlotState,
+}
+
+#[derive(Debug)]
+enum SlotState {
+    Free,
+    Owned,
+    Cached(Cached),
+}
+
+#[derive(Debug)]
+struct Cached {
+    hash: BlockHash,
+    checksum: Checksum,
+    parent_hash: BlockHash,
+    /// `None` where the parent is a root.
+    parent: Option<BlockId>,
+    /// Cached blocks whose parent this is.
+    children: usize,
+    pins: usize,
+    /// Children that are held. A block is held if it is pinned or has a held child.
+    held_children: usize,
+    last_use: u64,
+    /// Number of the log entry that announced it. Parents have lower ones than their children.
+    stored_at: u64,
+}
+
+impl Cached {
+    fn is_held(&self) -> bool {
+        self.pins > 0 || self.held_children > 0
+    }
+
+    fn is_evictable(&self) -> bool {
+        self.pins == 0 && self.children == 0
+    }
+}
+
+impl BlockTable {
+    /// A table of free slots.
+    pub fn new(limits: TableLimits) -> Self {
+        let TableLimits {
+            capacity,
+            log_entries_max,
+            leases_max,
+            first_lease,
+        } = limits;
+        let ids = (0..u32::try_from(capacity).expect("a pool has at most 2^32 blocks")).map(BlockId);
+        Self {
+            slots: ids
+                .clone()
+                .map(|_| Slot {
+                    generation: Generation::default(),
+                    state: SlotState::Free,
+                })
+                .collect(),
+            free: ids.rev().collect(),
+            by_hash: HashMap::new(),
+            evictable: BTreeSet::new(),
+            clock: 0,
+            owned: 0,
+            pinned: 0,
+            reclaimable: 0,
+            leases: Expiring::new(leases_max, first_lease),
+            log: Log::new(log_entries_max),
+            evictions: 0,
+        }
+    }
+
+    /// Slots by use.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            capacity: self.slots.len(),
+            free: self.free.len(),
+            owned: self.owned,
+            cached: self.by_hash.len(),
+            pinned: self.pinned,
+            reclaimable: self.reclaimable,
+            leases: self.leases.len(),
+        }
+    }
+
+    /// Blocks that [`BlockTable::allocate`] can give now.
+    pub fn available(&self) -> usize {
+        self.free.len() + self.reclaimable
+    }
+
+    /// Blocks evicted so far.
+    pub fn evictions(&self) -> u64 {
+        self.evictions
+    }
+
+    /// What changed.
+    pub fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// Everything that is held, as of now. Sorting is left to [`SnapshotDraft::finish`], outside of any lock.
+    pub fn snapshot(&self) -> SnapshotDraft {
+        let blocks = self.by_hash.values().map(|block| {
+            let cached = self.cached(*block);
+            let listed = SnapshotBlock {
+                hash: cached.hash,
+                parent: cached.parent_hash,
+                tier: TIER,
+            };
+            (cached.stored_at, listed)
+        });
+        SnapshotDraft {
+            sequence: self.log.last(),
+            blocks: blocks.collect(),
+        }
+    }
+
+    /// Leading blocks of the chain that are held. Neither pins nor touches them.
+    pub fn match_len(&self, chain: &[BlockHash]) -> usize {
+        chain.partition_point(|hash| self.by_hash.contains_key(hash))
+    }
+
+    /// Pins the longest leading run of held blocks, and marks it as used.
+    pub fn match_prefix(&mut self, hashes: &[BlockHash]) -> Vec<BlockDescriptor> {
+        let held: Vec<BlockId> = hashes
+            .iter()
+            .map_while(|hash| self.by_hash.get(hash).copied())
+            .collect();
+        for block in &held {
+            self.pin(*block);
+        }
+        held.into_iter().map(|block| self.describe(block)).collect()
+    }
+
+    /// Hands out `count` slots for writing, or none. Evicts the least recently used leaves where too few are
+    /// free. Every slot's generation is a new one.
+    pub fn allocate(&mut self, count: usize) -> Result<Vec<BlockId>, OutOfBlocks> {
+        if count > self.available() {
+            return Err(OutOfBlocks {
+                needed: count,
+                available: self.available(),
+                capacity: self.slots.len(),
+            });
+        }
+        while self.free.len() < count {
+            self.evict_one();
+        }
+        let blocks = self.free.split_off(self.free.len() - count);
+        for block in &blocks {
+            let slot = self.slot_mut(*block);
+            slot.generation = slot.generation.next();
+            slot.state = SlotState::Owned;
+        }
+        self.owned += count;
+        Ok(blocks)
+    }
+
+    /// Takes a slot back from its writer.
+    pub fn free(&mut self, block: BlockId) {
+        self.assert_owned(block);
+        self.slot_mut(block).state = SlotState::Free;
+        self.owned -= 1;
+        self.free.push(block);
+    }
+
+    /// Makes an owned slot a cached block with one pin, if its hash is new and its parent is held.
+    pub fn commit(
+        &mut self,
+        block: BlockId,
+        parent: Parent,
+        hash: BlockHash,
+        checksum: Checksum,
+    ) -> Committed {
+        self.assert_owned(block);
+        if let Some(existing) = self.by_hash.get(&hash).copied() {
+            self.pin(existing);
+            return Committed::Duplicate(self.describe(existing));
+        }
+        let (parent_hash, parent) = match parent {
+            Parent::Root(root) => (root, None),
+            Parent::Block(parent) => match self.by_hash.get(&parent).copied() {
+                Some(held) => (parent, Some(held)),
+                None => return Committed::Orphan,
+            },
+        };
+        if let Some(parent) = parent {
+            let cached = self.cached_mut(parent);
+            let key = (cached.last_use, parent);
+            let was_evictable = cached.is_evictable();
+            cached.children += 1;
+            if was_evictable {
+                self.evictable.remove(&key);
+            }
+        }
+        let stored_at = self.log.append(BlockEvent::Stored {
+            hash,
+            parent: parent_hash,
+            tier: TIER,
+        });
+        self.slot_mut(block).state = SlotState::Cached(Cached {
+            hash,
+            checksum,
+            parent_hash,
+            parent,
+            children: 0,
+            pins: 0,
+            held_children: 0,
+            last_use: 0,
+            stored_at,
+        });
+        self.by_hash.insert(hash, block);
+        self.owned -= 1;
+        self.reclaimable += 1;
+        // Establishes what `pin` expects of a block without pins.
+        self.evictable.insert((0, block));
+        self.pin(block);
+        Committed::Stored(self.describe(block))
+    }
+
+    /// Ends one pin of a cached block.
+    pub fn unpin(&mut self, block: BlockId) {
+        self.clock += 1;
+        let now = self.clock;
+        let cached = self.cached_mut(block);
+        assert!(cached.pins > 0, "block {block} is not pinned");
+        cached.pins -= 1;
+        if cached.pins > 0 {
+            return;
+        }
+        // The end of a use is a use: what a long request held is as recent as its end.
+        cached.last_use = now;
+        let (evictable, held) = (cached.is_evictable(), cached.is_held());
+        self.pinned -= 1;
+        if evictable {
+            self.evictable.insert((now, block));
+        }
+        if !held {
+            self.let_go(block);
+        }
+    }
+
+    /// Pins the longest leading run of held blocks until `expires`. No run, no lease.
+    pub fn lease(
+        &mut self,
+        hashes: &[BlockHash],
+        expires: Instant,
+    ) -> Result<Option<(LeaseId, Vec<BlockDescriptor>)>, Full> {
+        self.leases.check_room()?;
+        let blocks = self.match_prefix(hashes);
+        if blocks.is_empty() {
+            return Ok(None);
+        }
+        let ids = blocks.iter().map(|held| held.block).collect();
+        let id = self.leases.insert(expires, ids)?;
+        Ok(Some((LeaseId(id), blocks)))
+    }
+
+    /// Ends a lease. `false` if it had ended before.
+    pub fn release(&mut self, lease: LeaseId) -> bool {
+        let Some(blocks) = self.leases.remove(lease.0) else {
+            return false;
+        };
+        self.unpin_all(&blocks);
+        true
+    }
+
+    /// Ends the leases whose time has come. Returns how many they were.
+    pub fn expire_leases(&mut self, now: Instant) -> usize {
+        let mut expired = 0;
+        while let Some(blocks) = self.leases.expire(now) {
+            self.unpin_all(&blocks);
+            expired += 1;
+        }
+        expired
+    }
+
+    /// The current use of a slot.
+    pub fn generation(&self, block: BlockId) -> Generation {
+        self.slot(block).generation
+    }
+
+    fn unpin_all(&mut self, blocks: &[BlockId]) {
+        // Last block first: ancestors become the more recent ones, which is the order they are evicted in anyway.
+        for block in blocks.iter().rev() {
+            self.unpin(*block);
+        }
+    }
+
+    fn pin(&mut self, block: BlockId) {
+        self.clock += 1;
+        let now = self.clock;
+        let cached = self.cached_mut(block);
+        let key = (cached.last_use, block);
+        let (was_evictable, was_held) = (cached.is_evictable(), cached.is_held());
+        cached.pins += 1;
+        cached.last_use = now;
+        if cached.pins == 1 {
+            self.pinned += 1;
+        }
+        if was_evictable {
+            self.evictable.remove(&key);
+        }
+        if !was_held {
+            self.hold(block);
+        }
+    }
+
+    /// `block` has become held: so have the ancestors that were not. Amortised constant, since a chain is
+    /// pinned from its root on.
+    fn hold(&mut self, block: BlockId) {
+        let mut block = block;
+        loop {
+            self.reclaimable -= 1;
+            let Some(parent) = self.cached(block).parent else {
+                return;
+            };
+            let cached = self.cached_mut(parent);
+            let was_held = cached.is_held();
+            cached.held_children += 1;
+            if was_held {
+                return;
+            }
+            block = parent;
+        }
+    }
+
+    /// `block` is no longer held: neither are the ancestors that were held through it alone.
+    fn let_go(&mut self, block: BlockId) {
+        let mut block = block;
+        loop {
+            self.reclaimable += 1;
+            let Some(parent) = self.cached(block).parent else {
+                return;
+            };
+            let cached = self.cached_mut(parent);
+            cached.held_children -= 1;
+            if cached.is_held() {
+                return;
+            }
+            block = parent;
+        }
+    }
+
+    fn evict_one(&mut self) {
+        let (_, block) = self
+            .evictable
+            .pop_first()
+            .expect("where a block is reclaimable, one of its descendants is an evictable leaf");
+        let cached = self.cached(block);
+        let (hash, parent) = (cached.hash, cached.parent);
+        self.by_hash.remove(&hash);
+        self.slot_mut(block).state = SlotState::Free;
+        self.free.push(block);
+        self.reclaimable -= 1;
+        self.evictions += 1;
+        self.log.append(BlockEvent::Removed { hash });
+        if let Some(parent) = parent {
+            let cached = self.cached_mut(parent);
+            cached.children -= 1;
+            if cached.is_evictable() {
+                let key = (cached.last_use, parent);
+                self.evictable.insert(key);
+            }
+        }
+    }
+
+    fn describe(&self, block: BlockId) -> BlockDescriptor {
+        let cached = self.cached(block);
+        BlockDescriptor {
+            hash: cached.hash,
+            block,
+            generation: self.slot(block).generation,
+            checksum: cached.checksum,
+        }
+    }
+
+    fn assert_owned(&self, block: BlockId) {
+        let owned = matches!(self.slot(block).state, SlotState::Owned);
+        assert!(owned, "block {block} has no writer");
+    }
+
+    fn slot(&self, block: BlockId) -> &Slot {
+        &self.slots[block.0 as usize]
+    }
+
+    fn slot_mut(&mut self, block: BlockId) -> &mut Slot {
+        &mut self.slots[block.0 as usize]
+    }
+
+    fn cached(&self, block: BlockId) -> &Cached {
+        match &self.slot(block).state {
+            SlotState::Cached(cached) => cached,
+            SlotState::Free | SlotState::Owned => panic!("block {block} is not cached"),
+        }
+    }
+
+    fn cached_mut(&mut self, block: BlockId) -> &mut Cached {
+        match &mut self.slot_mut(block).state {
+            SlotState::Cached(cached) => cached,
+            SlotState::Free | SlotState::Owned => panic!("block {block} is not cached"),
+        }
+    }
+}
+
+/// A snapshot whose blocks are not in order yet.
+#[derive(Debug)]
+pub struct SnapshotDraft {
+    sequence: u64,
+    blocks: Vec<(u64, SnapshotBlock)>,
+}
+
+impl SnapshotDraft {
+    /// Puts parents before children.
+    pub fn finish(mut self) -> Snapshot {
+        // The order in which they were stored: a block is stored after its parent, which then outlives it.
+        self.blocks.sort_unstable_by_key(|(stored_at, _)| *stored_at);
+        Snapshot {
+            sequence: self.sequence,
+            blocks: self.blocks.into_iter().map(|(_, block)| block).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,63 @@
+//! Proof that what the table keeps incrementally is what a look at all slots gives.
+
+use std::collections::{BTreeSet, HashMap};
+
+use types::BlockId;
+
+use super::{BlockTable, Cached, SlotState};
+
+impl BlockTable {
+    /// Recomputes everything that is kept incrementally. Property tests call this after every step.
+    pub fn check_integrity(&self) {
+        let ids = || (0u32..).map(BlockId).zip(&self.slots);
+        let cached: HashMap<BlockId, &Cached> = ids()
+            .filter_map(|(block, slot)| match &slot.state {
+                SlotState::Cached(cached) => Some((block, cached)),
+                SlotState::Free | SlotState::Owned => None,
+            })
+            .collect();
+        let count = |wanted: fn(&SlotState) -> bool| ids().filter(|(_, slot)| wanted(&slot.state)).count();
+        assert_eq!(self.free.len(), count(|state| matches!(state, SlotState::Free)));
+        assert_eq!(self.owned, count(|state| matches!(state, SlotState::Owned)));
+        let free: BTreeSet<BlockId> = self.free.iter().copied().collect();
+        assert_eq!(free.len(), self.free.len(), "a slot is in the free list twice");
+        assert!(
+            free.iter()
+                .all(|block| matches!(self.slot(*block).state, SlotState::Free))
+        );
+
+        assert_eq!(self.by_hash.len(), cached.len());
+        assert_eq!(self.pinned, cached.values().filter(|one| one.pins > 0).count());
+        assert_eq!(
+            self.reclaimable,
+            cached.values().filter(|one| !one.is_held()).count()
+        );
+        for (block, one) in &cached {
+            assert_eq!(self.by_hash.get(&one.hash), Some(block));
+            let children = || cached.values().filter(|child| child.parent == Some(*block));
+            assert_eq!(one.children, children().count());
+            assert_eq!(
+                one.held_children,
+                children().filter(|child| child.is_held()).count()
+            );
+            let listed = self.evictable.contains(&(one.last_use, *block));
+            assert_eq!(listed, one.is_evictable(), "block {block}");
+            if let Some(parent) = one.parent {
+                let parent = cached.get(&parent).expect("a cached block's parent is cached");
+                assert_eq!(parent.hash, one.parent_hash);
+                assert!(parent.stored_at < one.stored_at);
+            }
+        }
+        let evictable = cached.values().filter(|one| one.is_evictable()).count();
+        assert_eq!(self.evictable.len(), evictable);
+
+        self.leases.check_integrity();
+        let mut leased: HashMap<BlockId, usize> = HashMap::new();
+        for block in self.leases.values().flatten() {
+            *leased.entry(*block).or_default() += 1;
+        }
+        for (block, pins) in leased {
+            assert!(cached.get(&block).is_some_and(|one| one.pins >= pins));
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! What the tests of this crate share: small pools, blocks whose bytes are known, and nodes on 127.0.0.1.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use node::Channels;
+use proto::v1::kv_store_client::KvStoreClient;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Server};
+use transfer::mem::Faults;
+use transfer::{HostMemory, MemNetwork, TcpTransport, Transport};
+use types::{BlockHash, BlockId, Epoch, KvDtype, KvLayout, KvSpace, Token};
+
+use crate::service::Service;
+use crate::store::{BlockPin, Store};
+use crate::{Config, SequenceBlocks};
+
+pub(crate) const BLOCK_TOKENS: usize = 8;
+
+/// Long enough for a machine whose cores are all busy; nothing waits this long unless it is broken.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// 512 bytes per block.
+pub(crate) fn space() -> KvSpace {
+    KvSpace {
+        model_digest: "00aa".into(),
+        arithmetic: "fast/1".into(),
+        layout: KvLayout {
+            layers: 2,
+            kv_heads: 1,
+            head_dim: 8,
+            block_tokens: BLOCK_TOKENS,
+            dtype: KvDtype::F16,
+        },
+        adapter: None,
+        tenant_salt: String::new(),
+    }
+}
+
+/// A store of `blocks` blocks that nobody else can reach.
+pub(crate) fn lonely_store(blocks: usize, config: Config) -> Store {
+    let network = MemNetwork::new(0, Faults::default());
+    store_on(blocks, config, Epoch(7), network.join("lonely", Epoch(7)))
+}
+
+pub(crate) fn store_on(blocks: usize, config: Config, epoch: Epoch, transport: Arc<dyn Transport>) -> Store {
+    let memory = HostMemory::allocate(blocks * space().layout.block_bytes()).unwrap();
+    Store::new(config, space(), epoch, memory, transport, &node::Metrics::new()).unwrap()
+}
+
+/// Different tokens for every seed.
+pub(crate) fn tokens(seed: u32, count: usize) -> Vec<Token> {
+    (0..count as u32).map(|i| seed * 10_000 + i).collect()
+}
+
+/// What the block with this hash holds, in all tests.
+pub(crate) fn content(hash: BlockHash) -> Vec<u8> {
+    let bytes = space().layout.block_bytes();
+    hash.0
+        .iter()
+        .copied()
+        .cycle()
+        .zip(0u8..=255)
+        .map(|(byte, i)| byte ^ i)
+        .cycle()
+        .take(bytes)
+        .collect()
+}
+
+pub(crate) fn write(store: &Store, block: BlockId, bytes: &[u8]) {
+    let at = store.byte_range(block).start as usize;
+    transfer::memory::copy_in(store.memory().as_ref(), at, bytes).unwrap();
+}
+
+pub(crate) fn read(store: &Store, block: BlockId) -> Vec<u8> {
+    let at = store.byte_range(block).start as usize;
+    transfer::memory::copy_out(store.memory().as_ref(), at, space().layout.block_bytes()).unwrap()
+}
+
+/// Computes and commits every full block of the tokens, as an engine would.
+pub(crate) fn compute(store: &Store, tenant: &str, tokens: &[Token]) -> SequenceBlocks {
+    let mut sequence = SequenceBlocks::begin(store, tenant, tokens);
+    let full = tokens.len() / BLOCK_TOKENS * BLOCK_TOKENS;
+    sequence.grow_to(full).unwrap();
+    for index in sequence.shared_blocks()..sequence.chain().len() {
+        write(
+            store,
+            sequence.block_ids()[index],
+            &content(sequence.chain()[index]),
+        );
+    }
+    sequence.commit_full(tokens, full);
+    sequence
+}
+
+pub(crate) fn assert_content(store: &Store, pins: &[BlockPin], chain: &[BlockHash]) {
+    assert_eq!(pins.iter().map(BlockPin::hash).collect::<Vec<_>>(), chain);
+    for pin in pins {
+        assert_eq!(
+            read(store, pin.block()),
+            content(pin.hash()),
+            "block {}",
+            pin.hash()
+        );
+    }
+}
+
+/// A store that others reach over gRPC and TCP.
+pub(crate) struct Peer {
+    pub(crate) store: Store,
+    pub(crate) transport: Arc<dyn Transport>,
+    pub(crate) grpc_endpoint: String,
+    shutdown: CancellationToken,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Peer {
+    pub(crate) async fn start(blocks: usize, config: Config) -> Self {
+        let epoch = Epoch(7);
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let transport = TcpTransport::bind(address, epoch, transfer::tcp::Config::default())
+            .await
+            .unwrap();
+        Self::serve(store_on(blocks, config, epoch, transport)).await
+    }
+
+    pub(crate) async fn serve(store: Store) -> Self {
+        let shutdown = CancellationToken::new();
+        let service = Service::new(store.clone(), shutdown.clone());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let grpc_endpoint = listener.local_addr().unwrap().to_string();
+        let server = Server::builder().add_service(service.server());
+        let ended = shutdown.clone().cancelled_owned();
+        let serving = server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), ended);
+        let tasks = vec![
+            tokio::spawn(service.run()),
+            tokio::spawn(async move { serving.await.unwrap() }),
+        ];
+        Self {
+            transport: store.transport(),
+            store,
+            grpc_endpoint,
+            shutdown,
+            tasks,
+        }
+    }
+
+    pub(crate) fn client(&self) -> KvStoreClient<Channel> {
+        KvStoreClient::new(node::channel(&self.grpc_endpoint).unwrap())
+    }
+
+    /// Ends in order, and proves that it does.
+    pub(crate) async fn stop(self) {
+        self.shutdown.cancel();
+        for task in self.tasks {
+            timeout_at(Instant::now() + PATIENCE, task)
+                .await
+                .expect("it ends")
+                .unwrap();
+        }
+    }
+}
+
+pub(crate) fn channels() -> Channels {
+    Channels::new()
+}
+
+/// Waits until `holds`, and fails with `what` if it does not come true.
+pub(crate) async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "never came true: {what}");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
