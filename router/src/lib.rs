@@ -1,1 +1,223 @@
-//! Front door, tokenising, prefix index, placement, admission.
+//! The front door: takes requests over HTTP and gRPC, tokenises them, and sends each one to where its cache is nearest.
+//!
+//! A router holds no state that its nodes could not tell it again: it can be killed and started anew, and several of them
+//! serve one cluster without knowing of each other.
+//!
+//! Where things are, the pure modules first:
+//! - [`index`]: which node holds which block; [`cost`]: what a placement takes, in milliseconds;
+//! - [`placement`] and [`policy`]: where a request goes; [`admission`]: whether it may;
+//! - [`cluster`]: all of that together, fed by events;
+//! - [`request`] and [`model`]: from what a client says to tokens;
+//! - [`members`]: the streams from the nodes; [`gate`]: waiting for a place; [`dispatch`]: a request's life;
+//! - `grpc` and `openai`: the two front doors.
+//!
+//! Architecture invariant: the pure modules know neither tokio nor tonic, so the simulator runs them as they are.
+
+pub mod admission;
+pub mod cluster;
+pub mod config;
+pub mod cost;
+pub mod dispatch;
+pub mod entropy;
+pub mod error;
+pub mod gate;
+mod grpc;
+pub mod index;
+pub mod members;
+pub mod metrics;
+pub mod model;
+mod openai;
+pub mod placement;
+pub mod policy;
+pub mod request;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use node::registry::Registry;
+use node::serve::{self, ServeError, Server};
+use node::{Channels, Listeners, Readiness};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+pub use config::{Config, ConfigError};
+pub use dispatch::Dispatcher;
+pub use model::Model;
+
+use cluster::Cluster;
+use members::SharedCluster;
+use metrics::Metrics;
+
+/// A condition of readiness: some decode node takes requests.
+pub const DECODE_NODE: &str = "decode_node";
+
+/// How often gauges are brought up to date.
+const GAUGE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What a router needs from its process.
+#[derive(Debug)]
+pub struct Dependencies {
+    /// Who is there.
+    pub registry: Arc<dyn Registry>,
+    /// What is served.
+    pub model: Arc<Model>,
+    /// Connections to nodes.
+    pub channels: Channels,
+    /// Where the router's metrics go.
+    pub metrics: node::Metrics,
+    /// Told whether requests can be served.
+    pub readiness: Readiness,
+}
+
+/// A router.
+#[derive(Debug)]
+pub struct Service {
+    dispatcher: Dispatcher,
+    members: members::Service,
+    node_metrics: node::Metrics,
+    metrics: Metrics,
+    readiness: Readiness,
+}
+
+/// A handle on a router that runs. Clones are one and the same.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    /// Takes requests within the process.
+    pub dispatcher: Dispatcher,
+}
+
+impl Service {
+    /// A router that does nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// A setting makes no sense.
+    pub fn new(config: Config, dependencies: Dependencies) -> Result<Self, ConfigError> {
+        config.validate()?;
+        let Dependencies {
+            registry,
+            model,
+            channels,
+            metrics: node_metrics,
+            readiness,
+        } = dependencies;
+        let cluster = SharedCluster::new(Cluster::new(
+            model.name(),
+            model.digest(),
+            config.index_entries_max,
+            config.priors(),
+            config.policy.build(),
+            config.placement(),
+        ));
+        let metrics = Metrics::register(&node_metrics);
+        let members = members::Service::new(registry, cluster.clone(), channels.clone());
+        readiness.miss(DECODE_NODE, "no decode node takes requests yet");
+        Ok(Self {
+            dispatcher: Dispatcher::new(config, model, cluster, channels, metrics.clone()),
+            members,
+            node_metrics,
+            metrics,
+            readiness,
+        })
+    }
+
+    /// A handle on it.
+    pub fn handle(&self) -> Handle {
+        Handle {
+            dispatcher: self.dispatcher.clone(),
+        }
+    }
+
+    /// Serves on `listeners` until `shutdown`; requests that run then may end within `config.drain_deadline`. `more` are the gRPC
+    /// services that the process adds, such as its `perigee.v1.Node`.
+    ///
+    /// # Errors
+    ///
+    /// A server failed.
+    pub async fn run(
+        self,
+        config: &serve::Config,
+        more: Routes,
+        listeners: Listeners,
+        shutdown: CancellationToken,
+    ) -> Result<(), RunError> {
+        let Self {
+            dispatcher,
+            members,
+            node_metrics,
+            metrics,
+            readiness,
+        } = self;
+        let grpc = more
+            .add_service(grpc::Service::server(dispatcher.clone()))
+            .add_service(reflection().build_v1()?)
+            .add_service(reflection().build_v1alpha()?);
+        let server = Server::new(config, readiness.clone(), node_metrics)
+            .grpc(grpc)
+            .http(openai::routes(dispatcher.clone()));
+        // Requests that drain still need the nodes' streams.
+        let drained = CancellationToken::new();
+        let serving = async {
+            let result = server.run(listeners, shutdown).await;
+            drained.cancel();
+            result
+        };
+        let (result, (), ()) = tokio::join!(
+            serving,
+            members.run(drained.clone()),
+            observe(&dispatcher, &metrics, &readiness, &drained),
+        );
+        Ok(result?)
+    }
+}
+
+/// Why a router ended.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A server failed.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// The reflection service cannot read our own descriptors.
+    #[error("reflection cannot be set up: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}
+
+/// Tells readiness and gauges what the cluster is like.
+async fn observe(
+    dispatcher: &Dispatcher,
+    metrics: &Metrics,
+    readiness: &Readiness,
+    until: &CancellationToken,
+) {
+    let mut changes = dispatcher.cluster().changes();
+    let mut tick = tokio::time::interval(GAUGE_INTERVAL);
+    loop {
+        let (blocks, refused, decode_nodes) = {
+            let cluster = dispatcher.cluster().lock();
+            (
+                cluster.index().len(),
+                cluster.index().refused(),
+                cluster.decode_nodes(),
+            )
+        };
+        metrics.cluster_now(blocks, refused, decode_nodes);
+        metrics.requests_now(dispatcher.counts());
+        match decode_nodes {
+            0 => readiness.miss(DECODE_NODE, "no decode node takes requests"),
+            _ => readiness.meet(DECODE_NODE),
+        }
+        tokio::select! {
+            biased;
+            () = until.cancelled() => return,
+            // The sender is held by the dispatcher, so this does not fail.
+            _ = changes.changed() => {}
+            _ = tick.tick() => {}
+        }
+    }
+}

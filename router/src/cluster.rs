@@ -1,0 +1,406 @@
+//! What this router knows of the cluster: members, their load, their blocks.
+//!
+//! Invariants:
+//! - a member that left the registry but still talks to us stays, since losing the registry must fail nothing; it goes when
+//!   its last stream ends;
+//! - a member whose load stream is broken gets nothing new, from the moment it broke;
+//! - everything known of a member is of one epoch.
+//!
+//! Pure: callers pass `now`. Elsewhere: the streams (`members.rs`).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use kv_store::follower::Applied;
+use types::{BlockHash, Epoch, KvSpace, LoadReport, NodeId, NodeRecord, Role, Slo};
+
+use crate::cost::{CostModel, Placed, PlacementId, Priors};
+use crate::index::PrefixIndex;
+use crate::placement::{self, Explanation, KvShape, NoPlacement, NodeView, Problem, Settings};
+use crate::policy::Policy;
+
+/// The members, and everything that placement goes by.
+#[derive(Debug)]
+pub struct Cluster {
+    model: String,
+    digest: String,
+    members: BTreeMap<NodeId, Member>,
+    index: PrefixIndex,
+    costs: CostModel,
+    policy: Box<dyn Policy>,
+    settings: Settings,
+}
+
+#[derive(Debug)]
+struct Member {
+    record: NodeRecord,
+    registered: bool,
+    reporting: bool,
+    following: bool,
+}
+
+/// What to do about a member's streams.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Change {
+    /// Follow this incarnation, and no other one of the node.
+    Follow(Box<NodeRecord>),
+    /// Stop: the member is gone.
+    Unfollow(NodeId),
+}
+
+/// A request as placement needs it.
+#[derive(Debug)]
+pub struct Query<'a> {
+    /// Block hashes of the sequence so far.
+    pub hashes: &'a [BlockHash],
+    /// Decides between equals.
+    pub key: BlockHash,
+    /// Tokens of the sequence so far.
+    pub prompt_tokens: u64,
+    /// Incarnations on which the request failed.
+    pub failed: &'a BTreeMap<NodeId, Epoch>,
+    /// What is left of the request's limits.
+    pub slo: Slo,
+    /// A random number.
+    pub draw: u64,
+}
+
+/// A placement that was counted, with what is needed to carry it out.
+#[derive(Debug)]
+pub struct Assignment {
+    /// To be ended by [`Cluster::ended`].
+    pub id: PlacementId,
+    /// The decision with its reasons.
+    pub explanation: Explanation,
+    /// Where the request decodes.
+    pub decode: NodeRecord,
+    /// Where it is prefilled, if not there.
+    pub prefill: Option<NodeRecord>,
+    /// Peers that hold its prefix, and how many blocks of it.
+    pub sources: Vec<(NodeRecord, usize)>,
+}
+
+/// A member as status reports show it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MemberStatus {
+    /// Its entry in the registry.
+    pub record: NodeRecord,
+    /// Its last report.
+    pub load: Option<LoadReport>,
+    /// Whether its streams are alive.
+    pub connected: bool,
+    /// Blocks of it that the index knows.
+    pub indexed_blocks: u64,
+}
+
+impl Cluster {
+    /// A cluster without members, for a router that serves the model with this name and digest.
+    pub fn new(
+        model: &str,
+        digest: &str,
+        index_entries_max: usize,
+        priors: Priors,
+        policy: Box<dyn Policy>,
+        settings: Settings,
+    ) -> Self {
+        Self {
+            model: model.to_owned(),
+            digest: digest.to_owned(),
+            members: BTreeMap::new(),
+            index: PrefixIndex::new(index_entries_max),
+            costs: CostModel::new(priors),
+            policy,
+            settings,
+        }
+    }
+
+    /// The registry's members changed.
+    pub fn registry(&mut self, nodes: &BTreeMap<NodeId, NodeRecord>) -> Vec<Change> {
+        let mut changes = Vec::new();
+        for member in self.members.values_mut() {
+            member.registered = nodes.contains_key(&member.record.id);
+        }
+        for record in nodes.values() {
+            match self.members.get(&record.id) {
+                Some(known) if known.record.epoch >= record.epoch => {}
+                Some(_) | None => {
+                    self.forget(&record.id);
+                    self.members
+                        .insert(record.id.clone(), Member::new(record.clone()));
+                    if record.role != Role::Router {
+                        changes.push(Change::Follow(Box::new(record.clone())));
+                    }
+                }
+            }
+        }
+        let gone = |member: &&Member| !member.registered && !member.reporting && !member.following;
+        let gone: Vec<NodeId> = self
+            .members
+            .values()
+            .filter(gone)
+            .map(|m| m.record.id.clone())
+            .collect();
+        for id in gone {
+            self.forget(&id);
+            changes.push(Change::Unfollow(id));
+        }
+        changes
+    }
+
+    /// A report of `node` came.
+    pub fn reported(&mut self, node: &NodeId, epoch: Epoch, report: LoadReport, now: Instant) {
+        if let Some(member) = self.incarnation(node, epoch) {
+            member.reporting = true;
+            self.costs.report(node, report, now);
+        }
+    }
+
+    /// The stream of `node`'s log is open and goes on where the index is. A log without news says nothing by itself.
+    pub fn log_resumed(&mut self, node: &NodeId, epoch: Epoch) {
+        if let Some(member) = self.incarnation(node, epoch) {
+            member.following = true;
+        }
+    }
+
+    /// A batch of `node`'s log was applied to its follower.
+    pub fn logged(&mut self, node: &NodeId, epoch: Epoch, applied: &Applied) {
+        let Some(member) = self.incarnation(node, epoch) else {
+            return;
+        };
+        member.following = true;
+        if applied.reset {
+            self.index.reset(node);
+        }
+        for event in &applied.events {
+            self.index.apply(node, event);
+        }
+    }
+
+    /// The stream of `node`'s reports broke. Whether to try again.
+    pub fn report_stream_ended(&mut self, node: &NodeId, epoch: Epoch) -> bool {
+        if let Some(member) = self.incarnation(node, epoch) {
+            member.reporting = false;
+        }
+        self.keep(node, epoch)
+    }
+
+    /// The stream of `node`'s log broke. What is known stays: it is a hint that a miss corrects, and the log goes on
+    /// where it stopped once the stream is back. Whether to try again.
+    pub fn log_stream_ended(&mut self, node: &NodeId, epoch: Epoch) -> bool {
+        if let Some(member) = self.incarnation(node, epoch) {
+            member.following = false;
+        }
+        self.keep(node, epoch)
+    }
+
+    /// What the blocks of the model's nodes are made of, if a decode node is known.
+    pub fn kv_space(&self) -> Option<KvSpace> {
+        let decodes = || self.serving().filter(|member| member.record.role == Role::Decode);
+        // A node that is there decides before one that was.
+        let member = decodes()
+            .find(|member| member.reporting)
+            .or_else(|| decodes().next())?;
+        member.record.kv_space.clone()
+    }
+
+    /// The longest sequence that any decode node takes now, if one is reachable.
+    pub fn context_tokens_max(&self) -> Option<u64> {
+        self.serving()
+            .filter(|member| member.record.role == Role::Decode && member.reporting)
+            .map(|member| member.record.context_tokens_max)
+            .max()
+    }
+
+    /// Decode nodes that take requests now.
+    pub fn decode_nodes(&self) -> usize {
+        let live = |member: &&Member| member.record.role == Role::Decode && member.reporting;
+        self.serving().filter(live).count()
+    }
+
+    /// Places a request among the nodes whose blocks are of `space`, and counts it there.
+    ///
+    /// # Errors
+    ///
+    /// No decode node can take it.
+    pub fn place(
+        &mut self,
+        space: &KvSpace,
+        query: &Query<'_>,
+        now: Instant,
+    ) -> Result<Assignment, NoPlacement> {
+        let views = self.views(space);
+        let matches = self.index.match_prefix(query.hashes);
+        let excluded: BTreeSet<NodeId> = query
+            .failed
+            .iter()
+            .filter(|(id, epoch)| {
+                self.members
+                    .get(id)
+                    .is_none_or(|member| member.record.epoch == **epoch)
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        let layout = &space.layout;
+        let problem = Problem {
+            key: query.key,
+            prompt_tokens: query.prompt_tokens,
+            matches: &matches,
+            nodes: &views,
+            excluded: &excluded,
+            shape: KvShape {
+                block_tokens: layout.block_tokens as u64,
+                token_bytes: layout.token_bytes() as u64,
+                layers: layout.layers as u64,
+            },
+            slo: query.slo,
+            draw: query.draw,
+            priors: self.costs.priors(),
+            settings: &self.settings,
+        };
+        let explanation = placement::place(&problem, self.policy.as_mut())?;
+        Ok(self.assign(explanation, now))
+    }
+
+    /// The prompt of a placement is computed.
+    pub fn prefilled(&mut self, id: PlacementId) {
+        self.costs.prefilled(id);
+    }
+
+    /// A placement ended, in whichever way.
+    pub fn ended(&mut self, id: PlacementId) {
+        self.costs.ended(id);
+    }
+
+    /// Every member, for status reports.
+    pub fn status(&self) -> Vec<MemberStatus> {
+        let status = |member: &Member| MemberStatus {
+            record: member.record.clone(),
+            load: self.costs.last_report(&member.record.id).copied(),
+            connected: match member.record.role {
+                // Routers share nothing with each other but the registry.
+                Role::Router => member.registered,
+                Role::Prefill | Role::Decode | Role::Store => member.reporting && member.following,
+            },
+            indexed_blocks: self.index.blocks(&member.record.id) as u64,
+        };
+        self.members.values().map(status).collect()
+    }
+
+    /// The prefix index.
+    pub fn index(&self) -> &PrefixIndex {
+        &self.index
+    }
+
+    /// Nodes registered under the model's name whose weights are others than the router's, which it cannot use.
+    pub fn strangers(&self) -> impl Iterator<Item = &NodeRecord> {
+        let records = self.members.values().map(|member| &member.record);
+        records.filter(|record| {
+            let space = record.kv_space.as_ref();
+            record.model == self.model && space.is_some_and(|space| space.model_digest != self.digest)
+        })
+    }
+
+    /// Property tests call this after every step.
+    pub fn check_integrity(&self) {
+        self.index.check_integrity();
+        for member in self.members.values() {
+            assert!(
+                member.registered || member.reporting || member.following,
+                "{} is kept for no reason",
+                member.record.id
+            );
+        }
+    }
+
+    fn assign(&mut self, explanation: Explanation, now: Instant) -> Assignment {
+        let choice = explanation.choice();
+        let record = |id: &NodeId| {
+            let member = self.members.get(id).expect("placement chooses among members");
+            member.record.clone()
+        };
+        let decode = record(&choice.decode);
+        let prefill = choice.prefill.as_ref().map(record);
+        let sources = choice
+            .sources
+            .iter()
+            .map(|source| (record(&source.node), source.blocks))
+            .collect();
+        let placed = Placed {
+            prefill: choice.prefill.as_ref().unwrap_or(&choice.decode).clone(),
+            prefill_tokens: choice.new_tokens,
+            decode: choice.decode.clone(),
+            decode_blocks: choice.decode_blocks,
+        };
+        Assignment {
+            id: self.costs.place(placed, now),
+            explanation,
+            decode,
+            prefill,
+            sources,
+        }
+    }
+
+    fn views(&self, space: &KvSpace) -> Vec<NodeView> {
+        let of_space = |member: &&Member| member.record.kv_space.as_ref() == Some(space);
+        let view = |member: &Member| {
+            let id = &member.record.id;
+            NodeView {
+                id: id.clone(),
+                role: member.record.role,
+                reachable: member.reporting,
+                readable: member.following,
+                draining: self.costs.last_report(id).is_some_and(|report| report.draining),
+                context_tokens_max: member.record.context_tokens_max,
+                rates: self.costs.rates(id),
+                pressure: self.costs.pressure(id),
+            }
+        };
+        self.members.values().filter(of_space).map(view).collect()
+    }
+
+    /// Members of the router's model, with its very weights.
+    fn serving(&self) -> impl Iterator<Item = &Member> {
+        self.members.values().filter(|member| {
+            let space = member.record.kv_space.as_ref();
+            member.record.model == self.model && space.is_some_and(|space| space.model_digest == self.digest)
+        })
+    }
+
+    fn incarnation(&mut self, node: &NodeId, epoch: Epoch) -> Option<&mut Member> {
+        self.members
+            .get_mut(node)
+            .filter(|member| member.record.epoch == epoch)
+    }
+
+    fn keep(&mut self, node: &NodeId, epoch: Epoch) -> bool {
+        let Some(member) = self.incarnation(node, epoch) else {
+            return false;
+        };
+        let keep = member.registered || member.reporting || member.following;
+        if !keep {
+            self.forget(node);
+        }
+        keep
+    }
+
+    fn forget(&mut self, node: &NodeId) {
+        if self.members.remove(node).is_some() {
+            self.index.reset(node);
+            self.costs.forget(node);
+        }
+    }
+}
+
+impl Member {
+    fn new(record: NodeRecord) -> Self {
+        Self {
+            record,
+            registered: true,
+            reporting: false,
+            following: false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,164 @@
+//! Everything an operator can set on a router, with its default and the reason for it.
+
+use node::config::{ByteSize, Duration};
+use serde::{Deserialize, Serialize};
+use types::Millis;
+
+use crate::admission::Limits;
+use crate::cost::Priors;
+use crate::index::ENTRIES_MAX_DEFAULT;
+use crate::placement::Settings;
+use crate::policy::PolicyName;
+
+/// Configuration of a router.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    /// How one of the possible placements is picked.
+    pub policy: PolicyName,
+    /// Most new prompt tokens that a decode node prefills by itself while a prefill node could.
+    pub local_prefill_tokens_max: u64,
+    /// Milliseconds of a request's time to first token that one millisecond of delay of one other sequence is worth.
+    pub interference_weight: f64,
+    /// Milliseconds of time to first token that one millisecond of gap between tokens is worth.
+    pub decode_gap_weight: f64,
+    /// Requests on nodes at a time.
+    pub running_requests_max: usize,
+    /// Prompt tokens of those.
+    pub running_prompt_tokens_max: u64,
+    /// Requests that wait for a place. More are turned away.
+    pub waiting_requests_max: usize,
+    /// Prompt tokens of those.
+    pub waiting_prompt_tokens_max: u64,
+    /// Requests that are being read and tokenised at a time. More are turned away.
+    pub arriving_requests_max: usize,
+    /// Time that a request has in all.
+    pub request_deadline: Duration,
+    /// Silence of a decode node, before the first token of a placement, after which it counts as lost.
+    pub first_token_silence_max: Duration,
+    /// Silence between tokens after which it counts as lost.
+    pub token_silence_max: Duration,
+    /// How long opening a decode node's stream may take.
+    pub dispatch_deadline: Duration,
+    /// How often a request is placed before it fails.
+    pub placements_max: u32,
+    /// How long a request waits for a node to appear while none can take it.
+    pub placement_wait: Duration,
+    /// (node, block) pairs in the prefix index.
+    pub index_entries_max: usize,
+    /// Longest body of an HTTP request.
+    pub body_bytes_max: ByteSize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let (settings, limits) = (Settings::default(), Limits::default());
+        Self {
+            policy: PolicyName::Perigee,
+            local_prefill_tokens_max: settings.local_prefill_tokens_max,
+            interference_weight: settings.interference_weight,
+            decode_gap_weight: settings.decode_gap_weight,
+            running_requests_max: limits.running_max,
+            running_prompt_tokens_max: limits.running_prompt_tokens_max,
+            waiting_requests_max: limits.waiting_max,
+            waiting_prompt_tokens_max: limits.waiting_prompt_tokens_max,
+            // Each may hold a body in memory; tokenising takes milliseconds, so these are many per second.
+            arriving_requests_max: 256,
+            // As the official clients of OpenAI's API.
+            request_deadline: Duration::from_secs(600),
+            // A long prompt behind other long prompts on a slow machine.
+            first_token_silence_max: Duration::from_secs(180),
+            // A decode step takes milliseconds, and a preempted sequence is prefilled again within seconds.
+            token_silence_max: Duration::from_secs(60),
+            // Nodes answer before they work; this covers the connection being made.
+            dispatch_deadline: Duration::from_secs(10),
+            // Two nodes may die under one request, and one may answer that it is full.
+            placements_max: 4,
+            // A restarted node is back within a second or two; a client rather waits that long than retries.
+            placement_wait: Duration::from_secs(3),
+            index_entries_max: ENTRIES_MAX_DEFAULT,
+            // A context of a million tokens as text, or as a JSON list of ids.
+            body_bytes_max: ByteSize::from_mib(16),
+        }
+    }
+}
+
+/// A setting that makes no sense.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ConfigError {
+    /// A bound of nothing lets nothing through.
+    #[error("{0} must not be 0")]
+    Zero(&'static str),
+    /// A weight is no finite, non-negative number.
+    #[error("{name} is {value}, but must be a number that is not negative")]
+    Weight {
+        /// Which one.
+        name: &'static str,
+        /// As configured.
+        value: f64,
+    },
+}
+
+impl Config {
+    /// Checks every setting.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let weights = [
+            ("interference_weight", self.interference_weight),
+            ("decode_gap_weight", self.decode_gap_weight),
+        ];
+        for (name, value) in weights {
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(ConfigError::Weight { name, value });
+            }
+        }
+        let bounds = [
+            ("running_requests_max", self.running_requests_max as u64),
+            ("running_prompt_tokens_max", self.running_prompt_tokens_max),
+            ("arriving_requests_max", self.arriving_requests_max as u64),
+            ("placements_max", u64::from(self.placements_max)),
+            ("body_bytes_max", self.body_bytes_max.0),
+            ("request_deadline", u64::from(!self.request_deadline.0.is_zero())),
+            (
+                "first_token_silence_max",
+                u64::from(!self.first_token_silence_max.0.is_zero()),
+            ),
+            (
+                "token_silence_max",
+                u64::from(!self.token_silence_max.0.is_zero()),
+            ),
+            (
+                "dispatch_deadline",
+                u64::from(!self.dispatch_deadline.0.is_zero()),
+            ),
+        ];
+        match bounds.into_iter().find(|(_, value)| *value == 0) {
+            Some((name, _)) => Err(ConfigError::Zero(name)),
+            None => Ok(()),
+        }
+    }
+
+    /// The bounds of admission.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            running_max: self.running_requests_max,
+            running_prompt_tokens_max: self.running_prompt_tokens_max,
+            waiting_max: self.waiting_requests_max,
+            waiting_prompt_tokens_max: self.waiting_prompt_tokens_max,
+        }
+    }
+
+    /// The settings of placement.
+    pub fn placement(&self) -> Settings {
+        Settings {
+            local_prefill_tokens_max: self.local_prefill_tokens_max,
+            interference_weight: self.interference_weight,
+            decode_gap_weight: self.decode_gap_weight,
+            tie: Millis(1.0),
+        }
+    }
+
+    /// What is assumed of nodes that have not measured themselves.
+    pub fn priors(&self) -> Priors {
+        Priors::default()
+    }
+}

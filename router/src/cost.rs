@@ -1,0 +1,308 @@
+//! What a placement costs, in milliseconds.
+//!
+//! ```text
+//! ttft = queue + fetch + compute(new | prefix) + handoff not hidden
+//! ```
+//!
+//! The rates are what the nodes measured and reported. A node that has not measured yet borrows the mean of
+//! its peers' rates, and where nobody has measured the [`Priors`] hold. Between two reports of a node, what this
+//! router placed there is added to what the node said, so that a burst does not pile onto the one node that looked idle;
+//! the next report takes it over, so the sum is never staler than one report interval.
+//!
+//! Pure: callers pass `now`. Elsewhere: the choice (`placement.rs`), the reports (`members.rs`).
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use types::{LoadReport, Millis, NodeId};
+
+/// A placement reaches its node, and the node's next report, only after the way there. What was placed this shortly before a
+/// report arrived is not in it yet.
+const REPORT_LAG: Duration = Duration::from_millis(25);
+
+/// Most placements that are remembered; beyond it new ones are not counted until reports or ends clear old ones. Far above
+/// what admission lets run.
+const LEDGER_ENTRIES_MAX: usize = 4_096;
+
+/// The batch at which half of a decode step is the fixed cost of streaming the weights. A step of batch `b` is modelled as
+/// proportional to this plus `b`.
+const HALF_FIXED_BATCH: f64 = 8.0;
+
+/// What is assumed before anything was measured, and what no report says.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Priors {
+    /// Milliseconds per prompt token without context. A small model on two CPU cores.
+    pub prefill_ms_per_token: f64,
+    /// Milliseconds per prompt token and thousand tokens of context.
+    pub prefill_ms_per_token_kilocontext: f64,
+    /// Milliseconds per decode step.
+    pub decode_step_ms: f64,
+    /// Bytes per millisecond between nodes. 1 GB/s: plain TCP on one machine or a 10 Gbit/s link.
+    pub transfer_bytes_per_ms: f64,
+    /// Fixed cost of asking a peer for blocks: acquire, read, verify.
+    pub fetch_fixed_ms: f64,
+    /// Fixed cost of a remote prefill: the stream, the offer and the landing.
+    pub handoff_fixed_ms: f64,
+}
+
+impl Default for Priors {
+    fn default() -> Self {
+        Self {
+            prefill_ms_per_token: 2.0,
+            prefill_ms_per_token_kilocontext: 0.5,
+            decode_step_ms: 10.0,
+            transfer_bytes_per_ms: 1e6,
+            fetch_fixed_ms: 2.0,
+            handoff_fixed_ms: 2.0,
+        }
+    }
+}
+
+/// The rates of one node, none of them 0.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rates {
+    /// `a` of [`Rates::compute`].
+    pub prefill_ms_per_token: f64,
+    /// `b` of [`Rates::compute`]; may be 0.
+    pub prefill_ms_per_token_kilocontext: f64,
+    /// Milliseconds per decode step.
+    pub decode_step_ms: f64,
+    /// Bytes per millisecond.
+    pub transfer_bytes_per_ms: f64,
+}
+
+impl Rates {
+    /// Milliseconds to prefill `new` tokens after `prefix` tokens: `a·new + b·new·(prefix + new/2)/1000`, since the mean
+    /// new token attends to the prefix and half of the new ones.
+    pub fn compute(&self, new: u64, prefix: u64) -> Millis {
+        let (new, prefix) = (new as f64, prefix as f64);
+        let context = new * (prefix + new / 2.0) / 1000.0;
+        Millis(self.prefill_ms_per_token * new + self.prefill_ms_per_token_kilocontext * context)
+    }
+
+    /// Milliseconds to move `bytes`.
+    pub fn transfer(&self, bytes: u64) -> Millis {
+        Millis(bytes as f64 / self.transfer_bytes_per_ms)
+    }
+
+    /// Milliseconds of a decode step once the batch has grown from `batch`, at which the rate was measured, by `added`.
+    pub fn step(&self, batch: u64, added: u64) -> Millis {
+        let batch = batch as f64;
+        let growth = (HALF_FIXED_BATCH + batch + added as f64) / (HALF_FIXED_BATCH + batch);
+        Millis(self.decode_step_ms * growth)
+    }
+}
+
+/// How busy a node is: its report, and what was placed there since.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Pressure {
+    /// Prompt tokens that wait or are being computed.
+    pub queued_prefill_tokens: u64,
+    /// Sequences that decode, by the report.
+    pub running_sequences: u64,
+    /// Sequences placed since.
+    pub placed_sequences: u64,
+    /// Blocks that a new sequence could take.
+    pub available_blocks: u64,
+}
+
+/// Every term of a prediction, so that it can be explained and held against what was measured.
+#[derive(Debug, Default, Clone, Copy, PartialEq)]
+pub struct Prediction {
+    /// Waiting for the prefilling engine.
+    pub queue: Millis,
+    /// Pulling the part of the prefix that the prefilling node lacks.
+    pub fetch: Millis,
+    /// Computing the new tokens.
+    pub compute: Millis,
+    /// Moving KV to the decode node, as far as computing does not hide it.
+    pub handoff: Millis,
+    /// Their sum: time to first token after placement.
+    pub total: Millis,
+}
+
+impl Prediction {
+    /// The prediction with these terms.
+    pub fn of(queue: Millis, fetch: Millis, compute: Millis, handoff: Millis) -> Self {
+        Self {
+            queue,
+            fetch,
+            compute,
+            handoff,
+            total: [queue, fetch, compute, handoff].into_iter().sum(),
+        }
+    }
+}
+
+/// Names a placement in the ledger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PlacementId(pub u64);
+
+/// What a placement puts on its nodes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placed {
+    /// Where the prompt is computed: a prefill node, or the decode node itself.
+    pub prefill: NodeId,
+    /// Tokens that are computed there.
+    pub prefill_tokens: u64,
+    /// Where the request decodes.
+    pub decode: NodeId,
+    /// Blocks that it will take there.
+    pub decode_blocks: u64,
+}
+
+#[derive(Debug)]
+struct LedgerEntry {
+    placed: Placed,
+    at: Instant,
+    /// Whether the node's report speaks of it by now, or its work there is over.
+    prefill_known: bool,
+    decode_known: bool,
+}
+
+/// What is known of every node's speed and load.
+#[derive(Debug)]
+pub struct CostModel {
+    priors: Priors,
+    reports: HashMap<NodeId, LoadReport>,
+    ledger: HashMap<PlacementId, LedgerEntry>,
+    next_placement: u64,
+}
+
+impl CostModel {
+    /// Knows nothing but the priors.
+    pub fn new(priors: Priors) -> Self {
+        Self {
+            priors,
+            reports: HashMap::new(),
+            ledger: HashMap::new(),
+            next_placement: 0,
+        }
+    }
+
+    /// What is assumed where nothing was measured.
+    pub fn priors(&self) -> &Priors {
+        &self.priors
+    }
+
+    /// Takes in a node's report, which from now on speaks for what was placed there before.
+    pub fn report(&mut self, node: &NodeId, report: LoadReport, now: Instant) {
+        self.reports.insert(node.clone(), report);
+        for entry in self.ledger.values_mut() {
+            if entry.at + REPORT_LAG <= now {
+                entry.prefill_known |= entry.placed.prefill == *node;
+                entry.decode_known |= entry.placed.decode == *node;
+            }
+        }
+        self.sweep();
+    }
+
+    /// Forgets a node that left or started anew.
+    pub fn forget(&mut self, node: &NodeId) {
+        self.reports.remove(node);
+        for entry in self.ledger.values_mut() {
+            entry.prefill_known |= entry.placed.prefill == *node;
+            entry.decode_known |= entry.placed.decode == *node;
+        }
+        self.sweep();
+    }
+
+    /// The last report of `node`.
+    pub fn last_report(&self, node: &NodeId) -> Option<&LoadReport> {
+        self.reports.get(node)
+    }
+
+    /// Counts a placement until the nodes' reports do.
+    pub fn place(&mut self, placed: Placed, now: Instant) -> PlacementId {
+        let id = PlacementId(self.next_placement);
+        self.next_placement += 1;
+        if self.ledger.len() < LEDGER_ENTRIES_MAX {
+            let entry = LedgerEntry {
+                placed,
+                at: now,
+                prefill_known: false,
+                decode_known: false,
+            };
+            self.ledger.insert(id, entry);
+        }
+        id
+    }
+
+    /// The prompt of a placement is computed: its tokens queue no more.
+    pub fn prefilled(&mut self, id: PlacementId) {
+        if let Some(entry) = self.ledger.get_mut(&id) {
+            entry.prefill_known = true;
+            if entry.decode_known {
+                self.ledger.remove(&id);
+            }
+        }
+    }
+
+    /// A placement ended, in whichever way.
+    pub fn ended(&mut self, id: PlacementId) {
+        self.ledger.remove(&id);
+    }
+
+    /// How busy `node` is.
+    pub fn pressure(&self, node: &NodeId) -> Pressure {
+        let report = self.reports.get(node).copied().unwrap_or_default();
+        let mut pressure = Pressure {
+            queued_prefill_tokens: report.queued_prefill_tokens,
+            running_sequences: report.running_sequences,
+            placed_sequences: 0,
+            available_blocks: report.free_blocks + report.evictable_blocks,
+        };
+        for entry in self.ledger.values() {
+            if !entry.prefill_known && entry.placed.prefill == *node {
+                pressure.queued_prefill_tokens += entry.placed.prefill_tokens;
+            }
+            if !entry.decode_known && entry.placed.decode == *node {
+                pressure.placed_sequences += 1;
+                let available = pressure.available_blocks;
+                pressure.available_blocks = available.saturating_sub(entry.placed.decode_blocks);
+            }
+        }
+        pressure
+    }
+
+    /// The speeds of `node`: measured, or borrowed from its peers, or assumed.
+    pub fn rates(&self, node: &NodeId) -> Rates {
+        let own = self.reports.get(node);
+        let rate = |of: fn(&LoadReport) -> f64, prior: f64| {
+            let measured = own.map(of).filter(|value| is_rate(*value));
+            measured.or_else(|| self.mean_rate(of)).unwrap_or(prior)
+        };
+        let priors = &self.priors;
+        Rates {
+            prefill_ms_per_token: rate(|report| report.prefill_ms_per_token, priors.prefill_ms_per_token),
+            prefill_ms_per_token_kilocontext: rate(
+                |report| report.prefill_ms_per_token_kilocontext,
+                priors.prefill_ms_per_token_kilocontext,
+            ),
+            decode_step_ms: rate(|report| report.decode_step_ms, priors.decode_step_ms),
+            transfer_bytes_per_ms: rate(
+                |report| report.transfer_bytes_per_ms,
+                priors.transfer_bytes_per_ms,
+            ),
+        }
+    }
+
+    fn mean_rate(&self, of: fn(&LoadReport) -> f64) -> Option<f64> {
+        let measured = self.reports.values().map(of).filter(|value| is_rate(*value));
+        let (sum, count) = measured.fold((0.0, 0u32), |(sum, count), value| (sum + value, count + 1));
+        (count > 0).then(|| sum / f64::from(count))
+    }
+
+    fn sweep(&mut self) {
+        self.ledger
+            .retain(|_, entry| !(entry.prefill_known && entry.decode_known));
+    }
+}
+
+/// Reports say 0 for what was not measured yet.
+fn is_rate(value: f64) -> bool {
+    value.is_finite() && value > 0.0
+}
+
+#[cfg(test)]
+mod tests;

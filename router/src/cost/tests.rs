@@ -1,0 +1,138 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn placed(prefill: &str, tokens: u64, decode: &str) -> Placed {
+    Placed {
+        prefill: prefill.into(),
+        prefill_tokens: tokens,
+        decode: decode.into(),
+        decode_blocks: 3,
+    }
+}
+
+fn report(queued: u64) -> LoadReport {
+    LoadReport {
+        queued_prefill_tokens: queued,
+        free_blocks: 10,
+        ..LoadReport::default()
+    }
+}
+
+#[test]
+fn compute_grows_with_the_context_of_every_new_token() {
+    let rates = Rates {
+        prefill_ms_per_token: 2.0,
+        prefill_ms_per_token_kilocontext: 4.0,
+        decode_step_ms: 1.0,
+        transfer_bytes_per_ms: 1.0,
+    };
+    assert_eq!(rates.compute(100, 0), Millis(200.0 + 4.0 * 100.0 * 0.05));
+    assert_eq!(rates.compute(100, 1000), Millis(200.0 + 4.0 * 100.0 * 1.05));
+}
+
+#[test]
+fn what_is_not_measured_is_borrowed_before_it_is_assumed() {
+    let now = Instant::now();
+    let mut costs = CostModel::new(Priors::default());
+    assert_eq!(
+        costs.rates(&"a".into()).decode_step_ms,
+        Priors::default().decode_step_ms
+    );
+    for (name, step) in [("b", 4.0), ("c", 8.0)] {
+        let report = LoadReport {
+            decode_step_ms: step,
+            ..report(0)
+        };
+        costs.report(&name.into(), report, now);
+    }
+    assert_eq!(costs.rates(&"a".into()).decode_step_ms, 6.0);
+    assert_eq!(costs.rates(&"b".into()).decode_step_ms, 4.0);
+    costs.forget(&"b".into());
+    assert_eq!(costs.rates(&"a".into()).decode_step_ms, 8.0);
+}
+
+#[test]
+fn a_report_takes_over_what_was_placed_before_it() {
+    let start = Instant::now();
+    let mut costs = CostModel::new(Priors::default());
+    costs.report(&"p".into(), report(100), start);
+    costs.report(&"d".into(), report(0), start);
+    costs.place(placed("p", 40, "d"), start);
+    assert_eq!(costs.pressure(&"p".into()).queued_prefill_tokens, 140);
+    assert_eq!(costs.pressure(&"d".into()).placed_sequences, 1);
+    assert_eq!(costs.pressure(&"d".into()).available_blocks, 7);
+
+    // Sent before the placement can have arrived.
+    costs.report(&"p".into(), report(90), start + REPORT_LAG / 2);
+    assert_eq!(costs.pressure(&"p".into()).queued_prefill_tokens, 130);
+
+    costs.report(&"p".into(), report(130), start + REPORT_LAG);
+    assert_eq!(costs.pressure(&"p".into()).queued_prefill_tokens, 130);
+    assert_eq!(costs.pressure(&"d".into()).placed_sequences, 1);
+
+    costs.report(&"d".into(), report(0), start + REPORT_LAG);
+    assert!(costs.ledger.is_empty());
+}
+
+#[test]
+fn a_first_token_ends_the_wait_of_its_prompt() {
+    let now = Instant::now();
+    let mut costs = CostModel::new(Priors::default());
+    let id = costs.place(placed("p", 40, "d"), now);
+    costs.prefilled(id);
+    assert_eq!(costs.pressure(&"p".into()).queued_prefill_tokens, 0);
+    assert_eq!(costs.pressure(&"d".into()).placed_sequences, 1);
+    costs.ended(id);
+    assert_eq!(costs.pressure(&"d".into()).placed_sequences, 0);
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Place { prefill: u8, decode: u8, tokens: u64 },
+    Report { node: u8 },
+    Prefilled { nth: usize },
+    Ended { nth: usize },
+    Forget { node: u8 },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        3 => (0u8..3, 0u8..3, 1u64..500).prop_map(|(prefill, decode, tokens)| Op::Place { prefill, decode, tokens }),
+        2 => (0u8..3).prop_map(|node| Op::Report { node }),
+        1 => any::<usize>().prop_map(|nth| Op::Prefilled { nth }),
+        1 => any::<usize>().prop_map(|nth| Op::Ended { nth }),
+        1 => (0u8..3).prop_map(|node| Op::Forget { node }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn the_ledger_forgets_everything_within_a_report_interval(ops in prop::collection::vec(op(), 0..80)) {
+        let mut now = Instant::now();
+        let mut costs = CostModel::new(Priors::default());
+        let mut ids = Vec::new();
+        let name = |node: u8| NodeId::new(format!("node-{node}"));
+        for op in ops {
+            now += Duration::from_millis(5);
+            match op {
+                Op::Place { prefill, decode, tokens } => {
+                    ids.push(costs.place(placed(name(prefill).as_str(), tokens, name(decode).as_str()), now));
+                }
+                Op::Report { node } => costs.report(&name(node), report(0), now),
+                Op::Prefilled { nth } if !ids.is_empty() => costs.prefilled(ids[nth % ids.len()]),
+                Op::Ended { nth } if !ids.is_empty() => costs.ended(ids[nth % ids.len()]),
+                Op::Forget { node } => costs.forget(&name(node)),
+                Op::Prefilled { .. } | Op::Ended { .. } => {}
+            }
+        }
+        now += REPORT_LAG;
+        for node in 0..3 {
+            costs.report(&name(node), report(0), now);
+        }
+        prop_assert!(costs.ledger.is_empty());
+        for node in 0..3 {
+            prop_assert_eq!(costs.pressure(&name(node)).queued_prefill_tokens, 0);
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! The way of a request through the router: check, tokenise, wait for a place, place, and pass on what the decode node
+//! streams.
+//!
+//! Invariants:
+//! - a request ends in [`Event::Finished`] or in one error, never in neither, and never later than its deadline;
+//! - dropping a [`Running`] cancels everything below it and frees its place at once;
+//! - a request that another node takes over continues with the tokens that the client has, and the client sees no seam.
+//!
+//! Elsewhere: one placement's stream (`attempt.rs`), going on after a failure (`running.rs`), times (`latency.rs`).
+
+mod attempt;
+mod latency;
+mod running;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use node::Channels;
+use proto::v1;
+use tokio::sync::Semaphore;
+use types::{Error, ErrorCode, RequestId};
+
+use crate::admission::Rejection;
+use crate::config::Config;
+use crate::entropy::Entropy;
+use crate::error::RequestError;
+use crate::gate::{Gate, Refused};
+use crate::members::SharedCluster;
+use crate::metrics::Metrics;
+use crate::model::Model;
+use crate::request::{self, Input, Prepared, Request};
+
+pub use running::Running;
+
+/// Text above this is tokenised on a thread of its own: it would hold up the runtime for more than half a millisecond.
+const INLINE_TEXT_BYTES_MAX: usize = 1024;
+
+/// Tokenising threads at a time. More would only take cores from each other.
+const TOKENISING_MAX: usize = 4;
+
+/// What a request's stream consists of.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// Tokens, and the text that is complete with them.
+    Tokens(v1::DecodeTokens),
+    /// The end.
+    Finished {
+        /// `stop` or `length`.
+        reason: String,
+        /// Tokens of prompt and output.
+        usage: v1::Usage,
+        /// Where and how it was served.
+        report: v1::RequestReport,
+    },
+}
+
+/// Takes requests. Clones are one and the same.
+#[derive(Debug, Clone)]
+pub struct Dispatcher {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    config: Config,
+    model: Arc<Model>,
+    cluster: SharedCluster,
+    gate: Gate,
+    channels: Channels,
+    metrics: Metrics,
+    entropy: Entropy,
+    arriving: Semaphore,
+    tokenising: Semaphore,
+}
+
+impl Dispatcher {
+    /// A dispatcher that places requests in `cluster`.
+    pub fn new(
+        config: Config,
+        model: Arc<Model>,
+        cluster: SharedCluster,
+        channels: Channels,
+        metrics: Metrics,
+    ) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                gate: Gate::new(config.limits()),
+                arriving: Semaphore::new(config.arriving_requests_max),
+                tokenising: Semaphore::new(TOKENISING_MAX),
+                entropy: Entropy::default(),
+                config,
+                model,
+                cluster,
+                channels,
+                metrics,
+            }),
+        }
+    }
+
+    /// The model that is served.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.shared.model
+    }
+
+    /// What is known of the cluster.
+    pub fn cluster(&self) -> &SharedCluster {
+        &self.shared.cluster
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
+    /// How many requests run and wait.
+    pub fn counts(&self) -> (usize, usize) {
+        self.shared.gate.counts()
+    }
+
+    /// A fresh id for a request that brings none.
+    pub fn request_id(&self) -> RequestId {
+        self.shared.entropy.request_id()
+    }
+
+    /// A seed for a request that brings none.
+    pub fn seed(&self) -> u64 {
+        self.shared.entropy.draw()
+    }
+
+    /// Takes a request as far as a decode node's acceptance.
+    ///
+    /// # Errors
+    ///
+    /// See [`RequestError`]. Nothing runs anywhere then.
+    pub async fn begin(&self, request: Request) -> Result<Running, RequestError> {
+        let (id, received) = (request.id, request.received);
+        let began = self.try_begin(request).await;
+        let metrics = &self.shared.metrics;
+        metrics.requests_now(self.shared.gate.counts());
+        if let Err(error) = &began {
+            metrics.request_ended(Some(error.code()));
+            let after = received.elapsed();
+            tracing::debug!(request_id = %id, code = %error.code(), %error, ?after, "request not begun");
+        }
+        began
+    }
+
+    /// Counts a request that failed before it was one, such as by a body that is no JSON.
+    pub fn refused(&self, code: ErrorCode) {
+        self.shared.metrics.request_ended(Some(code));
+    }
+
+    async fn try_begin(&self, request: Request) -> Result<Running, RequestError> {
+        let prepared = self.prepare(request).await?;
+        let deadline = prepared.received + prepared.time_limit;
+        let gate = &self.shared.gate;
+        gate.judge(gate.wait_ms(), prepared.received.elapsed(), prepared.slo.ttft)?;
+        let permit = gate.enter(prepared.prompt.len() as u64, deadline).await;
+        let permit = permit.map_err(|refused| match refused {
+            Refused::Rejected(rejection) => RequestError::Rejected(rejection),
+            Refused::Deadline => RequestError::Deadline {
+                limit_ms: prepared.time_limit.as_millis() as u64,
+            },
+        })?;
+        let mut running = Running::new(Arc::clone(&self.shared), prepared, permit);
+        running.start().await?;
+        Ok(running)
+    }
+
+    async fn prepare(&self, request: Request) -> Result<Prepared, RequestError> {
+        let _arriving = self.shared.arriving.try_acquire().map_err(|_| {
+            RequestError::Rejected(Rejection::QueueFull {
+                waiting: self.shared.config.arriving_requests_max,
+                retry_after_ms: 1_000,
+            })
+        })?;
+        let shared = Arc::clone(&self.shared);
+        let context_tokens_max = shared.cluster.lock().context_tokens_max();
+        let long = text_bytes(&request.input) > INLINE_TEXT_BYTES_MAX;
+        let prepare = move || {
+            let limit = shared.config.request_deadline.into();
+            request::prepare(request, &shared.model, context_tokens_max, limit, unix_s())
+        };
+        if !long {
+            return prepare();
+        }
+        let _tokenising = self.shared.tokenising.acquire().await;
+        let prepared = node::task::blocking("perigee-tokenise", prepare).await;
+        prepared.map_err(RequestError::Internal)?
+    }
+}
+
+fn text_bytes(input: &Input) -> usize {
+    match input {
+        Input::Text(text) => text.len(),
+        Input::Tokens(_) => 0,
+        Input::Chat(messages) => {
+            let content = messages.iter().filter_map(|message| message["content"].as_str());
+            content.map(str::len).sum()
+        }
+    }
+}
+
+fn unix_s() -> u64 {
+    // A clock before 1970 is a template's date at worst.
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs())
+}
+
+/// What is left until `deadline`, at least a millisecond.
+fn left(deadline: Instant) -> Duration {
+    let left = deadline.saturating_duration_since(Instant::now());
+    left.max(Duration::from_millis(1))
+}
+
+fn silent(node: &types::NodeId, silence: Duration) -> Error {
+    Error::unavailable(format!("{node} sent nothing for {} ms", silence.as_millis()))
+}

@@ -1,0 +1,319 @@
+//! A request that runs, on whichever node.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proto::v1;
+use proto::v1::decode_event::Event as WireEvent;
+use types::{BlockHash, Epoch, Error, ErrorCode, KvSpace, Millis, NodeId, Slo, Token};
+
+use super::attempt::{Attempt, Failure, Nodes, Placed, decode_request};
+use super::latency::{Arrival, Latency, millis};
+use super::{Event, Shared};
+use crate::cluster::{Assignment, Query};
+use crate::error::RequestError;
+use crate::gate::Permit;
+use crate::placement::NoPlacement;
+use crate::request::Prepared;
+
+/// A request that a decode node has accepted. Ask it for events until it has none.
+#[derive(Debug)]
+pub struct Running {
+    shared: Arc<Shared>,
+    request: Prepared,
+    deadline: Instant,
+    /// What the client was given.
+    generated: Vec<Token>,
+    attempt: Option<Attempt>,
+    failed: BTreeMap<NodeId, Epoch>,
+    last_error: Option<Error>,
+    placements: u32,
+    /// What the first placement was predicted to take, and when it was made.
+    predicted: Option<(Millis, Instant)>,
+    latency: Latency,
+    ended: bool,
+    /// Last, so that the place is free only after the node was told.
+    _permit: Permit,
+}
+
+impl Running {
+    pub(super) fn new(shared: Arc<Shared>, request: Prepared, permit: Permit) -> Self {
+        Self {
+            deadline: request.received + request.time_limit,
+            latency: Latency::new(request.received),
+            shared,
+            request,
+            generated: Vec::new(),
+            attempt: None,
+            failed: BTreeMap::new(),
+            last_error: None,
+            placements: 0,
+            predicted: None,
+            ended: false,
+            _permit: permit,
+        }
+    }
+
+    /// The request.
+    pub fn request(&self) -> &Prepared {
+        &self.request
+    }
+
+    /// Finds the first decode node that accepts the request.
+    pub(super) async fn start(&mut self) -> Result<(), RequestError> {
+        let result = match tokio::time::timeout_at(self.deadline.into(), self.place()).await {
+            Ok(result) => result,
+            Err(_) => Err(self.too_late()),
+        };
+        // An error here is the caller's to count.
+        self.ended = result.is_err();
+        self.attempt = Some(result?);
+        Ok(())
+    }
+
+    /// The next event: `None` after the last one, which is `Finished` or an error.
+    pub async fn next(&mut self) -> Option<Result<Event, RequestError>> {
+        if self.ended {
+            return None;
+        }
+        let result = match tokio::time::timeout_at(self.deadline.into(), self.advance()).await {
+            Ok(result) => result,
+            Err(_) => Err(self.too_late()),
+        };
+        match &result {
+            Ok(Event::Tokens(_)) => {}
+            Ok(Event::Finished { .. }) => self.end(None),
+            Err(error) => {
+                tracing::debug!(request_id = %self.request.id, code = %error.code(), %error, "request failed");
+                self.end(Some(error.code()));
+            }
+        }
+        Some(result)
+    }
+
+    async fn advance(&mut self) -> Result<Event, RequestError> {
+        loop {
+            let attempt = match &mut self.attempt {
+                Some(attempt) => attempt,
+                None => {
+                    let attempt = self.place().await?;
+                    self.attempt.insert(attempt)
+                }
+            };
+            let config = &self.shared.config;
+            let silence_max = match attempt.tokens {
+                0 => config.first_token_silence_max,
+                _ => config.token_silence_max,
+            };
+            match attempt.receive(silence_max.into()).await {
+                Ok(WireEvent::Tokens(tokens)) => return Ok(self.tokens(tokens)),
+                Ok(WireEvent::Finished(finished)) => return Ok(self.finished(finished)),
+                Err(failure) => {
+                    let (nodes, tokens) = (attempt.nodes.clone(), attempt.tokens);
+                    // Cancels what may still run there, before anybody else continues.
+                    self.attempt = None;
+                    self.give_up(&nodes, tokens, failure)?;
+                }
+            }
+        }
+    }
+
+    /// Places the request until a node accepts it.
+    async fn place(&mut self) -> Result<Attempt, RequestError> {
+        let mut changes = self.shared.cluster.changes();
+        let wait_until = Instant::now() + self.shared.config.placement_wait.get();
+        loop {
+            changes.mark_unchanged();
+            let (space, assignment) = match self.assign() {
+                Ok(assigned) => assigned,
+                Err(nobody) => {
+                    let full = self
+                        .last_error
+                        .as_ref()
+                        .is_some_and(|error| error.code == ErrorCode::Overloaded);
+                    let changed = tokio::time::timeout_at(wait_until.into(), changes.changed());
+                    if full || changed.await.is_err() {
+                        return Err(self.last_error.take().map_or(nobody.into(), RequestError::Node));
+                    }
+                    continue;
+                }
+            };
+            let placed = Placed::new(assignment.id, self.shared.cluster.clone());
+            self.judge(&assignment)?;
+            self.placements += 1;
+            let request = decode_request(&assignment, space.root(), &self.request, &self.generated);
+            let nodes = Nodes {
+                decode: assignment.decode,
+                prefill: assignment.prefill,
+            };
+            let (channels, deadline) = (&self.shared.channels, self.deadline);
+            let silence_max = self.shared.config.dispatch_deadline.get();
+            match Attempt::open(channels, nodes, placed, request, silence_max, deadline).await {
+                Ok(attempt) => return Ok(attempt),
+                Err((nodes, failure)) => self.give_up(&nodes, 0, failure)?,
+            }
+        }
+    }
+
+    fn assign(&self) -> Result<(KvSpace, Assignment), NoPlacement> {
+        let space = self.shared.cluster.lock().kv_space();
+        let space = space.ok_or_else(|| NoPlacement { excluded: Vec::new() })?;
+        let sequence: Vec<Token> = self
+            .request
+            .prompt
+            .iter()
+            .chain(&self.generated)
+            .copied()
+            .collect();
+        let root = space.with_tenant(self.request.tenant.as_str()).root();
+        // Hashed before the lock is taken: a long prompt takes a millisecond.
+        let hashes = root.chain(&sequence, space.layout.block_tokens);
+        let query = Query {
+            key: key(root, &hashes, &sequence),
+            hashes: &hashes,
+            prompt_tokens: sequence.len() as u64,
+            failed: &self.failed,
+            slo: self.slo_left(),
+            draw: self.shared.entropy.draw(),
+        };
+        let assignment = self.shared.cluster.lock().place(&space, &query, Instant::now())?;
+        Ok((space, assignment))
+    }
+
+    /// Holds the first placement's prediction against what the request allows. A request that runs is not judged again: it
+    /// was promised an answer.
+    fn judge(&mut self, assignment: &Assignment) -> Result<(), RequestError> {
+        let choice = assignment.explanation.choice();
+        tracing::debug!(
+            request_id = %self.request.id,
+            prefill = choice.prefill.as_ref().map_or("local", NodeId::as_str),
+            decode = %choice.decode,
+            new_tokens = choice.new_tokens,
+            predicted = %choice.prediction.total,
+            placement = self.placements + 1,
+            "placed"
+        );
+        if self.predicted.is_none() {
+            let (waited, predicted) = (self.request.received.elapsed(), choice.prediction.total);
+            self.shared.gate.judge(predicted, waited, self.request.slo.ttft)?;
+            self.predicted = Some((predicted, Instant::now()));
+        }
+        Ok(())
+    }
+
+    /// Decides whether another placement follows a failure, and keeps whoever is at fault out of it.
+    fn give_up(&mut self, nodes: &Nodes, tokens: u64, failure: Failure) -> Result<(), RequestError> {
+        let again = failure.retryable(!self.generated.is_empty());
+        let blamed = failure.blamed(nodes, tokens);
+        tracing::info!(
+            request_id = %self.request.id,
+            node_id = %blamed.id,
+            error = %failure.error,
+            tokens = self.generated.len(),
+            again = again && self.placements < self.shared.config.placements_max,
+            "placement failed"
+        );
+        if !again || self.placements >= self.shared.config.placements_max {
+            return Err(RequestError::Node(failure.error));
+        }
+        self.failed.insert(blamed.id.clone(), blamed.epoch);
+        self.last_error = Some(failure.error);
+        self.shared.metrics.replaced();
+        Ok(())
+    }
+
+    fn tokens(&mut self, tokens: v1::DecodeTokens) -> Event {
+        self.generated.extend(&tokens.ids);
+        if let Some(attempt) = &mut self.attempt
+            && !tokens.ids.is_empty()
+        {
+            if attempt.tokens == 0 {
+                attempt.placed.prefilled();
+            }
+            attempt.tokens += tokens.ids.len() as u64;
+            let now = Instant::now();
+            match self.latency.tokens(tokens.ids.len() as u64, now) {
+                Arrival::First(ttft) => {
+                    self.shared.metrics.first_token(ttft);
+                    if let Some((predicted, _)) = self.predicted.filter(|_| self.placements == 1) {
+                        self.shared
+                            .metrics
+                            .predicted(predicted, millis(attempt.placed_at, now));
+                    }
+                }
+                Arrival::Later(gap) => self.shared.metrics.gap(gap),
+            }
+        }
+        Event::Tokens(tokens)
+    }
+
+    fn finished(&mut self, finished: v1::DecodeFinished) -> Event {
+        let v1::DecodeFinished {
+            reason,
+            usage,
+            report,
+        } = finished;
+        let usage = usage.unwrap_or(v1::Usage {
+            prompt_tokens: self.request.prompt.len() as u64,
+            completion_tokens: self.generated.len() as u64,
+            cached_tokens: 0,
+        });
+        let predicted = self.predicted.map_or(0.0, |(predicted, at)| {
+            // From arrival, as `ttft_ms` is.
+            millis(self.request.received, at).0 + predicted.0
+        });
+        let report = v1::RequestReport {
+            ttft_ms: self.latency.ttft().0,
+            tbt_mean_ms: self.latency.tbt_mean().0,
+            tbt_max_ms: self.latency.tbt_max().0,
+            placements: self.placements,
+            ttft_predicted_ms: predicted,
+            ..report.unwrap_or_default()
+        };
+        self.shared
+            .metrics
+            .used(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens);
+        Event::Finished {
+            reason,
+            usage,
+            report,
+        }
+    }
+
+    /// What the request still asks of latency: its first token is due in less time than at first, or is out.
+    fn slo_left(&self) -> Slo {
+        let ttft = self.request.slo.ttft.filter(|_| self.generated.is_empty());
+        let passed = millis(self.request.received, Instant::now()).0;
+        Slo {
+            ttft: ttft.map(|limit| Millis((limit.0 - passed).max(0.0))),
+            tbt: self.request.slo.tbt,
+        }
+    }
+
+    fn too_late(&self) -> RequestError {
+        RequestError::Deadline {
+            limit_ms: Duration::as_millis(&self.request.time_limit) as u64,
+        }
+    }
+
+    fn end(&mut self, code: Option<ErrorCode>) {
+        self.ended = true;
+        self.attempt = None;
+        self.shared.metrics.request_ended(code);
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.ended {
+            tracing::debug!(request_id = %self.request.id, "request cancelled");
+            self.shared.metrics.request_cancelled();
+        }
+    }
+}
+
+/// What decides between placements that are as good as equal: the first block, or the tokens of a request that has none.
+fn key(root: BlockHash, hashes: &[BlockHash], sequence: &[Token]) -> BlockHash {
+    hashes.first().copied().unwrap_or_else(|| root.child(sequence))
+}

@@ -1,0 +1,202 @@
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use types::Tier;
+
+use super::*;
+
+const ROOT: BlockHash = BlockHash([7; 16]);
+
+fn stored(hash: BlockHash, parent: BlockHash) -> BlockEvent {
+    BlockEvent::Stored {
+        hash,
+        parent,
+        tier: Tier::Host,
+    }
+}
+
+fn node(number: usize) -> NodeId {
+    NodeId::new(format!("node-{number:03}"))
+}
+
+/// A chain that branches off another one: conversation `family` shares its first `shared` blocks with every
+/// other of its family.
+fn chain(family: u32, variant: u32, shared: usize, blocks: usize) -> Vec<BlockHash> {
+    let mut parent = ROOT;
+    (0..blocks)
+        .map(|index| {
+            let variant = if index < shared { 0 } else { variant };
+            parent = parent.child(&[family, variant, index as u32]);
+            parent
+        })
+        .collect()
+}
+
+/// What a node holds, as a prefix length per chain: the invariant by construction.
+#[derive(Debug, Default)]
+struct Naive {
+    held: BTreeMap<NodeId, Vec<BlockHash>>,
+}
+
+impl Naive {
+    fn match_prefix(&self, hashes: &[BlockHash]) -> Vec<Match> {
+        let mut matches: Vec<Match> = self
+            .held
+            .iter()
+            .map(|(node, held)| Match {
+                node: node.clone(),
+                blocks: hashes.iter().take_while(|hash| held.contains(hash)).count(),
+            })
+            .filter(|found| found.blocks > 0)
+            .collect();
+        matches.sort_by(|a, b| b.blocks.cmp(&a.blocks).then_with(|| a.node.cmp(&b.node)));
+        matches
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Store {
+        node: usize,
+        chain: usize,
+        blocks: usize,
+    },
+    DropTail {
+        node: usize,
+        chain: usize,
+        keep: usize,
+    },
+    Reset {
+        node: usize,
+    },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    // Nodes beyond 64 exercise the second word of the sets.
+    let node = prop_oneof![0usize..4, 62usize..67];
+    prop_oneof![
+        4 => (node.clone(), 0usize..6, 1usize..40).prop_map(|(node, chain, blocks)| Op::Store { node, chain, blocks }),
+        2 => (node.clone(), 0usize..6, 0usize..40).prop_map(|(node, chain, keep)| Op::DropTail { node, chain, keep }),
+        1 => node.prop_map(|node| Op::Reset { node }),
+    ]
+}
+
+/// Plays `ops` on both; the naive one is told everything, the index has room for `entries_max`.
+fn play(ops: &[Op], chains: &[Vec<BlockHash>], entries_max: usize) -> (PrefixIndex, Naive) {
+    let (mut index, mut naive) = (PrefixIndex::new(entries_max), Naive::default());
+    for number in 0..67 {
+        // Interning in order makes node 66 occupy slot 66.
+        index.slot_of(&node(number));
+    }
+    for op in ops {
+        match op {
+            Op::Store {
+                node: n,
+                chain,
+                blocks,
+            } => {
+                let held = naive.held.entry(node(*n)).or_default();
+                let mut parent = ROOT;
+                for hash in chains[*chain].iter().take(*blocks) {
+                    if !held.contains(hash) {
+                        held.push(*hash);
+                    }
+                    index.apply(&node(*n), &stored(*hash, parent));
+                    parent = *hash;
+                }
+            }
+            Op::DropTail { node: n, chain, keep } => {
+                let held = naive.held.entry(node(*n)).or_default();
+                for hash in chains[*chain].iter().skip(*keep).rev() {
+                    // A block that another chain of the node goes through has children: it stays.
+                    let needed = chains.iter().enumerate().any(|(other, blocks)| {
+                        let position = blocks.iter().position(|block| block == hash);
+                        other != *chain
+                            && position.is_some_and(|at| {
+                                blocks.get(at + 1).is_some_and(|child| held.contains(child))
+                            })
+                    });
+                    if needed {
+                        break;
+                    }
+                    held.retain(|block| block != hash);
+                    index.apply(&node(*n), &BlockEvent::Removed { hash: *hash });
+                }
+            }
+            Op::Reset { node: n } => {
+                naive.held.remove(&node(*n));
+                index.reset(&node(*n));
+            }
+        }
+        index.check_integrity();
+    }
+    (index, naive)
+}
+
+fn chains() -> Vec<Vec<BlockHash>> {
+    (0..6)
+        .map(|number| chain(number / 3, number % 3, 7, 40))
+        .collect()
+}
+
+proptest! {
+    #[test]
+    fn matches_equal_a_scan_of_every_node(ops in prop::collection::vec(op(), 0..60)) {
+        let chains = chains();
+        let (index, naive) = play(&ops, &chains, usize::MAX);
+        for chain in &chains {
+            for length in [0, 1, 2, 3, 7, 8, 31, 40] {
+                prop_assert_eq!(index.match_prefix(&chain[..length]), naive.match_prefix(&chain[..length]));
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_index_says_less_and_never_more(
+        ops in prop::collection::vec(op(), 0..60),
+        entries_max in 0usize..200,
+    ) {
+        let chains = chains();
+        let (index, naive) = play(&ops, &chains, entries_max);
+        for chain in &chains {
+            let truth = naive.match_prefix(chain);
+            for found in index.match_prefix(chain) {
+                let held = truth.iter().find(|held| held.node == found.node).map_or(0, |held| held.blocks);
+                prop_assert!(found.blocks <= held, "{found:?} of {held}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_block_stored_twice_counts_once() {
+    let mut index = PrefixIndex::new(10);
+    let hash = ROOT.child(&[1]);
+    for _ in 0..2 {
+        index.apply(&node(0), &stored(hash, ROOT));
+    }
+    assert_eq!((index.len(), index.blocks(&node(0))), (1, 1));
+    index.apply(&node(0), &BlockEvent::Removed { hash });
+    assert!(index.is_empty());
+    assert!(index.match_prefix(&[hash]).is_empty());
+}
+
+#[test]
+fn unknown_nodes_and_blocks_are_ignored() {
+    let mut index = PrefixIndex::new(10);
+    index.apply(&node(0), &BlockEvent::Removed { hash: ROOT });
+    index.reset(&node(1));
+    index.check_integrity();
+    assert_eq!(index.blocks(&node(0)), 0);
+}
+
+#[test]
+fn what_has_no_room_is_counted() {
+    let mut index = PrefixIndex::new(1);
+    let chain = chain(0, 0, 0, 3);
+    for hash in &chain {
+        index.apply(&node(0), &stored(*hash, ROOT));
+    }
+    assert_eq!(index.refused(), 2);
+    assert_eq!(index.match_prefix(&chain)[0].blocks, 1);
+}

@@ -1,0 +1,129 @@
+//! What a router measures. Every name begins with `perigee_router_`.
+
+use std::sync::atomic::AtomicU64;
+
+use node::metrics::{LATENCY_SECONDS, STEP_SECONDS};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use types::{ErrorCode, Millis};
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    /// `ok`, `cancelled`, or the error's code.
+    code: &'static str,
+}
+
+/// The metrics of a router. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    requests: Family<Outcome, Counter>,
+    ttft: Histogram,
+    inter_token: Histogram,
+    prediction_error: Histogram,
+    replacements: Counter,
+    prompt_tokens: Counter,
+    cached_tokens: Counter,
+    completion_tokens: Counter,
+    running: Gauge,
+    waiting: Gauge,
+    index_blocks: Gauge,
+    index_refused: Gauge<f64, AtomicU64>,
+    decode_nodes: Gauge,
+}
+
+impl Metrics {
+    /// Adds the metrics to the process's.
+    ///
+    /// # Panics
+    ///
+    /// If the process has a router already.
+    pub fn register(metrics: &node::Metrics) -> Self {
+        let name = |suffix: &str| format!("perigee_router_{suffix}");
+        let counter = |suffix: &str, help: &str| metrics.register(&name(suffix), help, Counter::default());
+        let gauge = |suffix: &str, help: &str| metrics.register(&name(suffix), help, Gauge::default());
+        let histogram =
+            |suffix: &str, help: &str, buckets: &[f64]| metrics.histogram(&name(suffix), help, buckets);
+        Self {
+            requests: metrics.register(
+                &name("requests"),
+                "Requests that ended, by code",
+                Family::default(),
+            ),
+            ttft: histogram(
+                "time_to_first_token_seconds",
+                "Arrival to first token",
+                LATENCY_SECONDS,
+            ),
+            inter_token: histogram("inter_token_latency_seconds", "Gap between tokens", STEP_SECONDS),
+            prediction_error: histogram(
+                "time_to_first_token_error_seconds",
+                "Distance between predicted and measured time from placement to first token",
+                LATENCY_SECONDS,
+            ),
+            replacements: counter(
+                "replacements",
+                "Placements of requests that another node had failed",
+            ),
+            prompt_tokens: counter("prompt_tokens", "Prompt tokens of requests that ended well"),
+            cached_tokens: counter("cached_tokens", "Those that came from a cache"),
+            completion_tokens: counter("completion_tokens", "Tokens generated"),
+            running: gauge("running_requests", "Requests on nodes"),
+            waiting: gauge("waiting_requests", "Requests that wait for a place"),
+            index_blocks: gauge("index_blocks", "Pairs of node and block in the prefix index"),
+            index_refused: metrics.register(
+                &name("index_refused_blocks"),
+                "Blocks that the prefix index had no room for",
+                Gauge::default(),
+            ),
+            decode_nodes: gauge("decode_nodes", "Decode nodes that take requests"),
+        }
+    }
+
+    pub(crate) fn request_ended(&self, code: Option<ErrorCode>) {
+        let code = code.map_or("ok", ErrorCode::as_str);
+        self.requests.get_or_create(&Outcome { code }).inc();
+    }
+
+    pub(crate) fn request_cancelled(&self) {
+        self.requests.get_or_create(&Outcome { code: "cancelled" }).inc();
+    }
+
+    pub(crate) fn first_token(&self, ttft: Millis) {
+        self.ttft.observe(ttft.0 / 1e3);
+    }
+
+    /// `actual` and `predicted` both count from the placement.
+    pub(crate) fn predicted(&self, predicted: Millis, actual: Millis) {
+        self.prediction_error
+            .observe((predicted.0 - actual.0).abs() / 1e3);
+    }
+
+    pub(crate) fn gap(&self, gap: Millis) {
+        self.inter_token.observe(gap.0 / 1e3);
+    }
+
+    pub(crate) fn replaced(&self) {
+        self.replacements.inc();
+    }
+
+    pub(crate) fn used(&self, prompt_tokens: u64, cached_tokens: u64, completion_tokens: u64) {
+        self.prompt_tokens.inc_by(prompt_tokens);
+        self.cached_tokens.inc_by(cached_tokens);
+        self.completion_tokens.inc_by(completion_tokens);
+    }
+
+    pub(crate) fn requests_now(&self, (running, waiting): (usize, usize)) {
+        self.running.set(running as i64);
+        self.waiting.set(waiting as i64);
+    }
+
+    pub(crate) fn cluster_now(&self, index_blocks: usize, index_refused: u64, decode_nodes: usize) {
+        self.index_blocks.set(index_blocks as i64);
+        self.index_refused.set(index_refused as f64);
+        self.decode_nodes.set(decode_nodes as i64);
+    }
+}

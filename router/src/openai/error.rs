@@ -1,0 +1,93 @@
+//! Errors in OpenAI's shape.
+
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+use types::{Error, ErrorCode};
+
+use crate::error::RequestError;
+
+/// An error on its way to an HTTP client.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct ApiError {
+    error: Error,
+    /// OpenAI's own name for it, where it has one.
+    name: Option<&'static str>,
+}
+
+impl ApiError {
+    pub(super) fn new(error: Error) -> Self {
+        Self { error, name: None }
+    }
+
+    pub(super) fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::new(Error::invalid(param, message))
+    }
+
+    pub(super) fn code(&self) -> ErrorCode {
+        self.error.code
+    }
+
+    /// The body.
+    pub(super) fn body(&self) -> Value {
+        json!({
+            "error": {
+                "message": self.error.message,
+                "type": kind(self.error.code),
+                "param": self.error.param,
+                "code": self.name.unwrap_or(self.error.code.as_str()),
+            }
+        })
+    }
+}
+
+impl From<Error> for ApiError {
+    fn from(error: Error) -> Self {
+        Self::new(error)
+    }
+}
+
+impl From<RequestError> for ApiError {
+    fn from(error: RequestError) -> Self {
+        let name = match &error {
+            RequestError::UnknownModel { .. } => Some("model_not_found"),
+            RequestError::ContextLength { .. } => Some("context_length_exceeded"),
+            RequestError::Parameter(_)
+            | RequestError::Rejected(_)
+            | RequestError::NoPlacement(_)
+            | RequestError::Deadline { .. }
+            | RequestError::Node(_)
+            | RequestError::Internal(_) => None,
+        };
+        Self {
+            error: error.to_error(),
+            name,
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.error.code.http()).expect("every code has a valid status");
+        let mut response = (status, axum::Json(self.body())).into_response();
+        if let Some(ms) = self.error.retry_after_ms {
+            // The header counts in seconds; a client that comes a little late is fine, one that comes early is not.
+            let seconds = HeaderValue::from(ms.div_ceil(1000).max(1));
+            response.headers_mut().insert(header::RETRY_AFTER, seconds);
+        }
+        response
+    }
+}
+
+fn kind(code: ErrorCode) -> &'static str {
+    match code {
+        ErrorCode::Invalid | ErrorCode::NotFound | ErrorCode::Conflict => "invalid_request_error",
+        ErrorCode::Unauthenticated => "authentication_error",
+        ErrorCode::Denied => "permission_error",
+        ErrorCode::Overloaded => "rate_limit_error",
+        ErrorCode::Timeout => "timeout_error",
+        ErrorCode::Unavailable | ErrorCode::Fenced | ErrorCode::Corrupt | ErrorCode::Internal => {
+            "server_error"
+        }
+    }
+}

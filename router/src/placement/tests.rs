@@ -1,0 +1,369 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::policy::{Perigee, PolicyName};
+
+const SHAPE: KvShape = KvShape {
+    block_tokens: 32,
+    token_bytes: 23_040,
+    layers: 30,
+};
+
+fn rates() -> Rates {
+    Rates {
+        prefill_ms_per_token: 2.0,
+        prefill_ms_per_token_kilocontext: 0.5,
+        decode_step_ms: 10.0,
+        transfer_bytes_per_ms: 1e6,
+    }
+}
+
+fn node(name: &str, role: Role) -> NodeView {
+    NodeView {
+        id: name.into(),
+        role,
+        reachable: true,
+        readable: true,
+        draining: false,
+        context_tokens_max: 8192,
+        rates: rates(),
+        pressure: Pressure {
+            available_blocks: 1000,
+            ..Pressure::default()
+        },
+    }
+}
+
+/// Two prefill and two decode nodes, idle.
+fn cluster() -> Vec<NodeView> {
+    vec![
+        node("p0", Role::Prefill),
+        node("p1", Role::Prefill),
+        node("d0", Role::Decode),
+        node("d1", Role::Decode),
+    ]
+}
+
+/// A request with everything else at its defaults.
+#[derive(Default)]
+struct Case {
+    prompt_tokens: u64,
+    matches: Vec<(&'static str, usize)>,
+    excluded: Vec<&'static str>,
+    slo: Slo,
+    key: u8,
+    settings: Settings,
+}
+
+impl Case {
+    fn of(prompt_tokens: u64) -> Self {
+        Self {
+            prompt_tokens,
+            ..Self::default()
+        }
+    }
+
+    fn place(&self, nodes: &[NodeView], policy: &mut dyn Policy) -> Result<Explanation, NoPlacement> {
+        let matches: Vec<Match> = self
+            .matches
+            .iter()
+            .map(|(node, blocks)| Match {
+                node: (*node).into(),
+                blocks: *blocks,
+            })
+            .collect();
+        let excluded = self.excluded.iter().map(|name| NodeId::from(*name)).collect();
+        let problem = Problem {
+            key: BlockHash([self.key; 16]),
+            prompt_tokens: self.prompt_tokens,
+            matches: &matches,
+            nodes,
+            excluded: &excluded,
+            shape: SHAPE,
+            slo: self.slo,
+            draw: u64::from(self.key),
+            priors: &Priors::default(),
+            settings: &self.settings,
+        };
+        place(&problem, policy)
+    }
+
+    fn choice(&self, nodes: &[NodeView]) -> Candidate {
+        let explanation = self.place(nodes, &mut Perigee).expect("nodes are free");
+        explanation.choice().clone()
+    }
+}
+
+fn names(choice: &Candidate) -> (Option<&str>, &str) {
+    (
+        choice.prefill.as_ref().map(NodeId::as_str),
+        choice.decode.as_str(),
+    )
+}
+
+#[test]
+fn a_long_new_prompt_goes_to_an_idle_prefill_node() {
+    for tokens in [257, 1000, 8000] {
+        let choice = Case::of(tokens).choice(&cluster());
+        assert!(choice.prefill.is_some(), "{tokens} tokens: {choice:?}");
+        assert_eq!(choice.objection, None);
+    }
+}
+
+#[test]
+fn a_short_extension_is_prefilled_where_it_decodes() {
+    let mut case = Case::of(40 * 32 + 100);
+    case.matches = vec![("d1", 40)];
+    let choice = case.choice(&cluster());
+    assert_eq!(names(&choice), (None, "d1"));
+    assert_eq!(choice.new_tokens, 100);
+    assert!(choice.sources.is_empty());
+}
+
+#[test]
+fn running_decodes_push_even_a_short_prompt_to_a_prefill_node() {
+    let mut nodes = cluster();
+    for decode in &mut nodes[2..] {
+        decode.pressure.running_sequences = 8;
+    }
+    let choice = Case::of(200).choice(&nodes);
+    assert!(choice.prefill.is_some(), "{choice:?}");
+}
+
+#[test]
+fn without_prefill_nodes_a_decode_node_prefills_anything() {
+    let choice = Case::of(8000).choice(&cluster()[2..]);
+    assert_eq!(choice.prefill, None);
+    assert_eq!(choice.objection, None);
+}
+
+#[test]
+fn a_prefix_is_fetched_where_that_beats_computing_it() {
+    let mut case = Case::of(2000);
+    case.matches = vec![("d0", 40), ("p1", 10)];
+    let mut nodes = cluster();
+    // Busy, so that its prefix is wanted elsewhere.
+    nodes[2].pressure.running_sequences = 200;
+    let choice = case.choice(&nodes);
+    assert_eq!(choice.new_tokens, 2000 - 40 * 32);
+    assert_eq!(choice.sources[0].node, "d0".into());
+    assert!(choice.prediction.fetch > Millis(0.0));
+
+    // Over a wire this slow, recomputing is quicker, and a placement says so by naming no source.
+    for node in &mut nodes {
+        node.rates.transfer_bytes_per_ms = 1_000.0;
+    }
+    nodes[2].draining = true;
+    case.matches = vec![("d0", 40)];
+    let choice = case.choice(&nodes);
+    assert!(choice.sources.is_empty(), "{choice:?}");
+    assert_eq!(choice.new_tokens, 2000);
+}
+
+#[test]
+fn a_queue_at_one_prefill_node_sends_the_next_request_to_the_other() {
+    let mut nodes = cluster();
+    for key in 0..8 {
+        let mut case = Case::of(1000);
+        case.key = key;
+        nodes[0].pressure.queued_prefill_tokens = 500;
+        nodes[1].pressure.queued_prefill_tokens = 0;
+        assert_eq!(names(&case.choice(&nodes)).0, Some("p1"));
+    }
+}
+
+#[test]
+fn a_fully_cached_prompt_still_computes_its_last_token() {
+    let mut case = Case::of(64);
+    case.matches = vec![("d0", 2)];
+    let choice = case.choice(&cluster());
+    assert_eq!((choice.new_tokens, choice.decode_blocks), (1, 0));
+}
+
+#[test]
+fn the_first_token_limit_outranks_the_score() {
+    let mut nodes = cluster();
+    nodes[3].pressure.available_blocks = 0;
+    let choice = Case::of(1000).choice(&nodes);
+    assert_eq!(choice.decode, "d0".into());
+
+    let mut case = Case::of(1000);
+    case.slo.ttft = Some(Millis(1.0));
+    let choice = case.choice(&nodes);
+    assert_eq!(choice.objection, Some(Objection::MissesTtft));
+}
+
+#[test]
+fn a_limit_on_gaps_keeps_a_request_off_a_crowded_decode_node() {
+    let mut nodes = cluster();
+    nodes[2].rates.decode_step_ms = 60.0;
+    let mut case = Case::of(1000);
+    // It holds the prefix, but is too slow for this request.
+    case.matches = vec![("d0", 31)];
+    case.slo.tbt = Some(Millis(50.0));
+    assert_eq!(case.choice(&nodes).decode, "d1".into());
+}
+
+#[test]
+fn failed_draining_and_unreachable_nodes_are_in_no_candidate() {
+    let mut nodes = cluster();
+    nodes[0].draining = true;
+    nodes[1].reachable = false;
+    let mut case = Case::of(1000);
+    case.excluded = vec!["d0"];
+    let explanation = case.place(&nodes, &mut Perigee).expect("d1 is free");
+    assert_eq!(names(explanation.choice()), (None, "d1"));
+    assert_eq!(
+        explanation.excluded,
+        vec![
+            ("p0".into(), Exclusion::Draining),
+            ("p1".into(), Exclusion::Unreachable),
+            ("d0".into(), Exclusion::FailedBefore),
+        ]
+    );
+    case.excluded.push("d1");
+    let error = case.place(&nodes, &mut Perigee).expect_err("nobody is left");
+    assert!(error.to_string().contains("d1 failed this request"), "{error}");
+}
+
+#[test]
+fn a_node_whose_log_is_not_followed_is_no_source() {
+    let mut nodes = cluster();
+    nodes[2].readable = false;
+    nodes[2].draining = true;
+    let mut case = Case::of(2000);
+    case.matches = vec![("d0", 40)];
+    assert!(case.choice(&nodes).sources.is_empty());
+}
+
+#[test]
+fn round_robin_serves_the_second_turn_on_other_nodes_and_fetches_the_prefix() {
+    let nodes = cluster();
+    let mut policy = PolicyName::RoundRobin.build();
+    let first = Case::of(64).place(&nodes, policy.as_mut()).expect("free");
+    let first = first.choice().clone();
+    let mut case = Case::of(200);
+    case.matches = vec![("d0", 2), ("p0", 2)];
+    let second = case.place(&nodes, policy.as_mut()).expect("free");
+    let second = second.choice();
+    assert_eq!(
+        (names(&first), names(second)),
+        ((Some("p0"), "d0"), (Some("p1"), "d1"))
+    );
+    assert_eq!(second.sources.len(), 2);
+    assert_eq!(second.new_tokens, 200 - 64);
+}
+
+#[test]
+fn equal_requests_meet_and_different_ones_spread() {
+    let nodes = cluster();
+    let chosen = |key: u8| {
+        let mut case = Case::of(1000);
+        case.key = key;
+        let choice = case.choice(&nodes);
+        (choice.prefill, choice.decode)
+    };
+    assert_eq!(chosen(3), chosen(3));
+    let distinct: BTreeSet<_> = (0..64).map(chosen).collect();
+    assert_eq!(distinct.len(), 4);
+}
+
+fn random_node(number: usize) -> impl Strategy<Value = NodeView> {
+    let role = prop_oneof![
+        2 => Just(Role::Prefill),
+        2 => Just(Role::Decode),
+        1 => Just(Role::Store),
+    ];
+    (
+        role,
+        any::<[bool; 3]>(),
+        1.0f64..20.0,
+        0u64..2000,
+        0u64..32,
+        0u64..200,
+    )
+        .prop_map(
+            move |(role, [up, log, drain], rate, queued, running, available)| NodeView {
+                reachable: up || log,
+                readable: log,
+                draining: drain && up,
+                rates: Rates {
+                    prefill_ms_per_token: rate,
+                    decode_step_ms: rate * 3.0,
+                    ..rates()
+                },
+                pressure: Pressure {
+                    queued_prefill_tokens: queued,
+                    running_sequences: running,
+                    placed_sequences: running / 4,
+                    available_blocks: available,
+                },
+                ..node(&format!("n{number:02}"), role)
+            },
+        )
+}
+
+fn random_cluster() -> impl Strategy<Value = Vec<NodeView>> {
+    (0usize..12).prop_flat_map(|count| (0..count).map(random_node).collect::<Vec<_>>())
+}
+
+proptest! {
+    #[test]
+    fn every_policy_picks_a_live_eligible_candidate(
+        nodes in random_cluster(),
+        prompt_tokens in 1u64..6000,
+        key: u8,
+        name in prop_oneof![Just(PolicyName::Perigee), Just(PolicyName::RoundRobin), Just(PolicyName::Random)],
+    ) {
+        let mut case = Case::of(prompt_tokens);
+        case.key = key;
+        case.matches = vec![("n00", 3), ("n01", 50), ("n05", 1)];
+        case.matches.retain(|(_, blocks)| (*blocks as u64) * 32 <= prompt_tokens);
+        let live = |node: &&NodeView| node.reachable && !node.draining;
+        let decodes = nodes.iter().filter(live).filter(|node| node.role == Role::Decode).count();
+        let prefills = nodes.iter().filter(live).filter(|node| node.role == Role::Prefill).count();
+        match case.place(&nodes, name.build().as_mut()) {
+            Err(_) => prop_assert_eq!(decodes, 0),
+            Ok(explanation) => {
+                prop_assert_eq!(explanation.candidates.len(), decodes * (prefills + 1));
+                let choice = explanation.choice();
+                prop_assert!(choice.eligible());
+                let find = |id: &NodeId| nodes.iter().find(|node| node.id == *id).expect("known");
+                prop_assert!(live(&find(&choice.decode)));
+                prop_assert!(choice.prefill.as_ref().is_none_or(|id| live(&find(id))));
+                prop_assert!(choice.sources.iter().all(|source| find(&source.node).readable));
+                let terms = choice.prediction;
+                let sum = terms.queue + terms.fetch + terms.compute + terms.handoff;
+                prop_assert!((terms.total.0 - sum.0).abs() < 1e-9 && terms.total.0.is_finite());
+                prop_assert!((1..=prompt_tokens).contains(&choice.new_tokens));
+            }
+        }
+    }
+
+    #[test]
+    fn the_choice_is_never_beaten_by_more_than_the_tie(nodes in random_cluster(), prompt_tokens in 1u64..6000) {
+        if let Ok(explanation) = Case::of(prompt_tokens).place(&nodes, &mut Perigee) {
+            let choice = explanation.choice();
+            for other in explanation.candidates.iter().filter(|other| other.eligible()) {
+                prop_assert!(other.objection >= choice.objection);
+                if other.objection == choice.objection {
+                    prop_assert!(choice.score.0 <= other.score.0 + Settings::default().tie.0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_lost_node_moves_only_the_requests_it_had(key: u8, lost in 0usize..8) {
+        let mut nodes: Vec<NodeView> = (0..4).map(|n| node(&format!("p{n}"), Role::Prefill)).collect();
+        nodes.extend((0..4).map(|n| node(&format!("d{n}"), Role::Decode)));
+        let mut case = Case::of(1000);
+        case.key = key;
+        let before = case.choice(&nodes);
+        let lost = nodes.remove(lost).id;
+        let after = case.choice(&nodes);
+        if before.decode != lost && before.prefill.as_ref() != Some(&lost) {
+            prop_assert_eq!(names(&before), names(&after));
+        }
+    }
+}
