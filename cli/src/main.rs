@@ -1,2 +1,88 @@
 //! The one binary: all roles, `up`, and the cluster admin commands.
-fn main() {}
+//!
+//! Data go to stdout, everything else to stderr. The exit code says what kind of failure it was
+//! (`types::ErrorCode::exit`, after `sysexits.h`).
+
+mod arguments;
+mod chat;
+mod demo;
+mod generate;
+mod output;
+mod pull;
+mod roles;
+mod settings;
+mod status;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use types::ErrorCode;
+
+use arguments::{Arguments, Command, ModelCommand, NodeCommand};
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // `--help` and `--version` are no failures.
+            let code = if error.use_stderr() {
+                ErrorCode::Invalid.exit()
+            } else {
+                0
+            };
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("perigee: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// The exit code of the first cause that knows its kind.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let known = error.chain().find_map(|cause| {
+        let typed = cause.downcast_ref::<types::Error>().map(|error| error.code);
+        typed.or_else(|| {
+            cause
+                .downcast_ref::<node::config::ConfigError>()
+                .map(node::config::ConfigError::code)
+        })
+    });
+    known.unwrap_or(ErrorCode::Internal).exit()
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let Arguments {
+        output,
+        router,
+        command,
+    } = arguments;
+    match command {
+        Command::Router(flags) => roles::run(types::Role::Router, &flags),
+        Command::Prefill(flags) => roles::run(types::Role::Prefill, &flags),
+        Command::Decode(flags) => roles::run(types::Role::Decode, &flags),
+        Command::Store(flags) => roles::run(types::Role::Store, &flags),
+        Command::Up(flags) => block_on(up::run(flags, output)),
+        Command::Demo(flags) => block_on(demo::run(flags, output)),
+        Command::Chat(flags) => block_on(chat::run(flags, &router, output)),
+        Command::Generate(flags) => block_on(generate::run(flags, &router, output)),
+        Command::Status => block_on(status::cluster(&router, output)),
+        Command::Node(NodeCommand::List) => block_on(status::nodes(&router, output)),
+        Command::Model(ModelCommand::Pull(flags)) => pull::pull(&flags, output),
+        Command::Model(ModelCommand::List) => pull::list(output),
+        Command::Config(flags) => settings::show(&flags, output),
+    }
+}
+
+fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(future)
+}

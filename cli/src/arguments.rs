@@ -1,0 +1,245 @@
+//! The command line.
+
+use std::net::IpAddr;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::output::Format;
+use crate::pull::PullArgs;
+
+/// KV-cache-centric serving of language models: prefill, decode, a distributed KV store, and a router.
+#[derive(Debug, Parser)]
+#[command(name = "perigee", version, max_term_width = 100)]
+pub(crate) struct Arguments {
+    /// How results are printed.
+    #[arg(short, long, global = true, value_enum, default_value_t)]
+    pub(crate) output: Format,
+    /// gRPC address of the router that client commands talk to.
+    #[arg(
+        long,
+        global = true,
+        env = "PERIGEE_ROUTER",
+        default_value = "127.0.0.1:50051"
+    )]
+    pub(crate) router: String,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a whole cluster on this machine, one process per node
+    Up(UpArgs),
+    /// Run the front door: OpenAI HTTP and gRPC
+    Router(RoleArgs),
+    /// Run a node that turns prompts into KV blocks
+    Prefill(RoleArgs),
+    /// Run a node that owns requests and streams tokens
+    Decode(RoleArgs),
+    /// Run a node that only holds KV blocks
+    Store(RoleArgs),
+    /// Talk to the model
+    Chat(ChatArgs),
+    /// Generate once from a prompt
+    Generate(GenerateArgs),
+    /// Start a cluster, hold a conversation, and show where every request ran
+    Demo(DemoArgs),
+    /// Show the cluster's nodes and load
+    Status,
+    /// The cluster's nodes
+    #[command(subcommand)]
+    Node(NodeCommand),
+    /// Models on this machine
+    #[command(subcommand)]
+    Model(ModelCommand),
+    /// Print the configuration that a role would run with
+    Config(ConfigArgs),
+}
+
+/// `perigee node`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum NodeCommand {
+    /// List the nodes with their addresses and load
+    List,
+}
+
+/// `perigee model`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelCommand {
+    /// Get a model
+    Pull(PullArgs),
+    /// List the catalogue
+    List,
+}
+
+/// Settings that have a flag; each one overrides the file and the environment.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct SettingFlags {
+    /// TOML file of settings; `perigee config` prints one.
+    #[arg(long, env = "PERIGEE_CONFIG", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Model file (GGUF) or directory (Hugging Face).
+    #[arg(long, value_name = "PATH")]
+    pub(crate) model: Option<PathBuf>,
+    /// Name under which clients ask for the model.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model_name: Option<String>,
+    /// Arithmetic of the engine.
+    #[arg(long, value_enum)]
+    pub(crate) precision: Option<Precision>,
+    /// Threads of each engine.
+    #[arg(long)]
+    pub(crate) threads: Option<NonZeroUsize>,
+    /// Size of the pool of KV blocks, such as 2GiB.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) kv_memory: Option<String>,
+    /// Tokens per KV block; the same on all nodes.
+    #[arg(long)]
+    pub(crate) block_tokens: Option<usize>,
+    /// Any setting, as SECTION.KEY=VALUE. May be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+}
+
+/// Arithmetic of the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Precision {
+    /// f32 throughout: the reference.
+    Exact,
+    /// Quantised dot products and f16 KV.
+    Fast,
+}
+
+/// Flags of `router`, `prefill`, `decode` and `store`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RoleArgs {
+    #[command(flatten)]
+    pub(crate) settings: SettingFlags,
+    /// Name of the node, unique in the cluster.
+    #[arg(long)]
+    pub(crate) id: Option<String>,
+    /// Where members are found: etcd://HOST:PORT[,HOST:PORT…] or perigee://HOST:PORT.
+    #[arg(long, value_name = "URL")]
+    pub(crate) registry: Option<String>,
+    /// Address to listen on and to be reached at.
+    #[arg(long, value_name = "IP")]
+    pub(crate) listen: Option<IpAddr>,
+    /// Port of gRPC; 0 takes a free one.
+    #[arg(long)]
+    pub(crate) grpc_port: Option<u16>,
+    /// Port of HTTP; 0 takes a free one.
+    #[arg(long)]
+    pub(crate) http_port: Option<u16>,
+    /// Check the settings, print what is wrong with them, and exit.
+    #[arg(long)]
+    pub(crate) check_config: bool,
+    /// End when stdin ends, as children of `perigee up` do.
+    #[arg(long, hide = true)]
+    pub(crate) exit_with_parent: bool,
+}
+
+/// Flags of `up`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct UpArgs {
+    #[command(flatten)]
+    pub(crate) settings: SettingFlags,
+    /// Prefill nodes.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) prefill: usize,
+    /// Decode nodes.
+    #[arg(long, default_value_t = 2)]
+    pub(crate) decode: usize,
+    /// Nodes that only hold blocks.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) store: usize,
+    /// Port of the OpenAI HTTP API; 0 takes a free one.
+    #[arg(long, default_value_t = 8080)]
+    pub(crate) http_port: u16,
+    /// Port of the gRPC API; 0 takes a free one.
+    #[arg(long, default_value_t = 50051)]
+    pub(crate) grpc_port: u16,
+    /// An etcd to use in place of the embedded registry.
+    #[arg(long, value_name = "URL")]
+    pub(crate) registry: Option<String>,
+}
+
+/// Sampling flags of `chat` and `generate`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct SamplingArgs {
+    /// 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) temperature: f32,
+    /// Keep the likeliest tokens that together reach this probability.
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) top_p: f32,
+    /// Keep the k likeliest tokens; 0 keeps all.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) top_k: u32,
+    /// Draw the same tokens again.
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Most tokens to generate.
+    #[arg(long, default_value_t = 256)]
+    pub(crate) max_tokens: u64,
+    /// Text that ends the output. May be repeated.
+    #[arg(long)]
+    pub(crate) stop: Vec<String>,
+}
+
+/// Flags of `chat`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ChatArgs {
+    /// Model name; may be left out where the cluster serves one.
+    #[arg(long, default_value = "")]
+    pub(crate) model: String,
+    /// System message.
+    #[arg(long)]
+    pub(crate) system: Option<String>,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+}
+
+/// Flags of `generate`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct GenerateArgs {
+    /// The prompt; `-` reads it from stdin.
+    pub(crate) prompt: String,
+    /// Model name; may be left out where the cluster serves one.
+    #[arg(long, default_value = "")]
+    pub(crate) model: String,
+    /// Render the prompt as a chat message first.
+    #[arg(long)]
+    pub(crate) chat: bool,
+    /// Go on after the model's end-of-sequence token.
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+}
+
+/// Flags of `demo`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DemoArgs {
+    /// Model file or directory.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) model: PathBuf,
+    /// Prefill nodes.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) prefill: usize,
+    /// Decode nodes.
+    #[arg(long, default_value_t = 2)]
+    pub(crate) decode: usize,
+}
+
+/// Flags of `config`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ConfigArgs {
+    #[command(flatten)]
+    pub(crate) settings: SettingFlags,
+    /// Print the reference of all settings instead.
+    #[arg(long)]
+    pub(crate) markdown: bool,
+}

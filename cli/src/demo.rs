@@ -1,0 +1,175 @@
+//! `perigee demo`: a cluster on this machine, a conversation and questions about a shared document, and a table of where
+//! every request ran and what it reused.
+
+use std::io::Write;
+
+use proto::v1;
+
+use crate::arguments::{DemoArgs, SettingFlags, UpArgs};
+use crate::chat::message;
+use crate::generate::{self, Generated};
+use crate::output::{self, Format};
+use crate::up::Cluster;
+
+/// The opening of "Around the World in Eighty Days" (public domain).
+const DOCUMENT: &str = include_str!("demo/document.txt");
+const SYSTEM: &str = "You are a helpful assistant. Answer in one or two short sentences.";
+const CONVERSATION: [&str; 3] = [
+    "What is the boiling point of water in Celsius?",
+    "And at which temperature does it freeze?",
+    "What is the difference between the two, in degrees?",
+];
+const QUESTIONS: [&str; 3] = [
+    "Of which club is Phileas Fogg a member?",
+    "In which street does he live?",
+    "Who recommended him for the club?",
+];
+const ANSWER_TOKENS_MAX: u64 = 64;
+
+/// Starts the cluster, runs the requests, prints, and ends the cluster, also where a request failed.
+pub(crate) async fn run(arguments: DemoArgs, format: Format) -> anyhow::Result<()> {
+    // A decode node would prefill the short turns by itself, which is quicker on one machine and shows less.
+    let disaggregate = "router.local_prefill_tokens_max=0".to_owned();
+    let up = UpArgs {
+        settings: SettingFlags {
+            model: Some(arguments.model),
+            set: vec![disaggregate],
+            ..SettingFlags::default()
+        },
+        prefill: arguments.prefill,
+        decode: arguments.decode,
+        store: 0,
+        http_port: 0,
+        grpc_port: 0,
+        registry: None,
+    };
+    eprintln!(
+        "starting a router, {} prefill and {} decode nodes",
+        up.prefill, up.decode
+    );
+    let mut cluster = Cluster::start(up, true).await?;
+    let router = cluster.grpc().to_owned();
+    let result = tokio::select! {
+        result = requests(&router, format) => result,
+        error = cluster.failed() => Err(error),
+        interrupted = tokio::signal::ctrl_c() => Err(interrupted.map_or_else(Into::into, |()| anyhow::anyhow!("interrupted"))),
+    };
+    cluster.stop().await?;
+    let served = result?;
+    match format {
+        Format::Text => table(&served)?,
+        Format::Json => output::print_json(&served.iter().map(Served::to_json).collect::<Vec<_>>())?,
+    }
+    Ok(())
+}
+
+/// A request that was served, with its name in the table.
+struct Served {
+    name: String,
+    generated: Generated,
+}
+
+impl Served {
+    fn to_json(&self) -> serde_json::Value {
+        let mut value = self.generated.to_json();
+        value["request"] = self.name.clone().into();
+        value
+    }
+}
+
+async fn requests(router: &str, format: Format) -> anyhow::Result<Vec<Served>> {
+    let mut served = Vec::new();
+    let mut messages = vec![message("system", SYSTEM)];
+    heading(format, "A conversation of three turns");
+    for (turn, question) in CONVERSATION.iter().enumerate() {
+        messages.push(message("user", question));
+        let generated = ask(router, format, question, &messages).await?;
+        messages.push(message("assistant", &generated.text));
+        served.push(Served {
+            name: format!("turn {}", turn + 1),
+            generated,
+        });
+    }
+    heading(format, "Questions about one document");
+    for (index, question) in QUESTIONS.iter().enumerate() {
+        let content = format!("{DOCUMENT}\n{question}");
+        let messages = [message("system", SYSTEM), message("user", &content)];
+        let generated = ask(router, format, question, &messages).await?;
+        served.push(Served {
+            name: format!("question {}", index + 1),
+            generated,
+        });
+    }
+    Ok(served)
+}
+
+fn heading(format: Format, text: &str) {
+    if format == Format::Text {
+        println!("\n== {text} ==");
+    }
+}
+
+async fn ask(
+    router: &str,
+    format: Format,
+    question: &str,
+    messages: &[v1::ChatMessage],
+) -> anyhow::Result<Generated> {
+    let request = v1::GenerateRequest {
+        input: Some(v1::generate_request::Input::Chat(v1::ChatMessages {
+            messages: messages.to_vec(),
+        })),
+        sampling: Some(v1::Sampling {
+            max_tokens: Some(ANSWER_TOKENS_MAX),
+            ..v1::Sampling::default()
+        }),
+        ..v1::GenerateRequest::default()
+    };
+    let mut out = std::io::stdout();
+    if format == Format::Text {
+        write!(out, "\n> {question}\n")?;
+    }
+    let generated = generate::stream(router, request, |text| {
+        if format == Format::Text {
+            write!(out, "{text}")?;
+            out.flush()?;
+        }
+        Ok(())
+    })
+    .await?;
+    if format == Format::Text {
+        writeln!(out)?;
+    }
+    Ok(generated)
+}
+
+fn table(served: &[Served]) -> anyhow::Result<()> {
+    println!();
+    let mut table = output::table(&[
+        "REQUEST",
+        "PROMPT",
+        "CACHED",
+        "PREFILLED ON",
+        "DECODED ON",
+        "KV MOVED",
+        "VIA",
+        "TTFT",
+        "MEAN TBT",
+    ]);
+    for Served { name, generated } in served {
+        let usage = &generated.usage;
+        let report = &generated.report;
+        table.add_row([
+            name.clone(),
+            usage.prompt_tokens.to_string(),
+            usage.cached_tokens.to_string(),
+            report.prefill_node.clone(),
+            report.decode_node.clone(),
+            output::bytes(report.fetched_bytes + report.handoff_bytes),
+            report.transport.clone(),
+            format!("{:.0} ms", report.ttft_ms),
+            format!("{:.1} ms", report.tbt_mean_ms),
+        ]);
+    }
+    Ok(output::print_table(&table)?)
+}

@@ -1,0 +1,165 @@
+//! `perigee generate`: one prompt, streamed to stdout.
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use anyhow::Context;
+use client::GenerateEvent;
+use proto::v1;
+use serde_json::{Value, json};
+use types::FinishReason;
+
+use crate::arguments::{GenerateArgs, SamplingArgs};
+use crate::output::{self, Format};
+
+/// A prompt from stdin larger than this is no prompt.
+const STDIN_BYTES_MAX: u64 = 16 << 20;
+/// Nobody waits longer at a terminal.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+/// Generates and prints.
+pub(crate) async fn run(arguments: GenerateArgs, router: &str, format: Format) -> anyhow::Result<()> {
+    let prompt = match arguments.prompt.as_str() {
+        "-" => {
+            let mut text = String::new();
+            std::io::stdin()
+                .take(STDIN_BYTES_MAX)
+                .read_to_string(&mut text)
+                .context("read the prompt from stdin")?;
+            text
+        }
+        prompt => prompt.to_owned(),
+    };
+    let input = if arguments.chat {
+        let message = v1::ChatMessage {
+            role: "user".into(),
+            content: prompt,
+        };
+        v1::generate_request::Input::Chat(v1::ChatMessages {
+            messages: vec![message],
+        })
+    } else {
+        v1::generate_request::Input::Prompt(prompt)
+    };
+    let request = v1::GenerateRequest {
+        model: arguments.model,
+        input: Some(input),
+        sampling: Some(v1::Sampling {
+            ignore_eos: arguments.ignore_eos,
+            ..sampling(&arguments.sampling)
+        }),
+        ..v1::GenerateRequest::default()
+    };
+    let mut out = std::io::stdout();
+    let generated = stream(router, request, |text| {
+        if format == Format::Text {
+            write!(out, "{text}")?;
+            out.flush()?;
+        }
+        Ok(())
+    })
+    .await?;
+    match format {
+        Format::Text => println!(),
+        Format::Json => output::print_json(&generated.to_json())?,
+    }
+    Ok(())
+}
+
+/// A finished generation.
+pub(crate) struct Generated {
+    pub(crate) text: String,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) reason: FinishReason,
+    pub(crate) usage: v1::Usage,
+    pub(crate) report: v1::RequestReport,
+}
+
+impl Generated {
+    /// For `-o json`.
+    pub(crate) fn to_json(&self) -> Value {
+        let usage = &self.usage;
+        json!({
+            "text": self.text,
+            "tokens": self.tokens,
+            "finish_reason": self.reason.as_str(),
+            "usage": {
+                "prompt_tokens": usage.prompt_tokens,
+                "completion_tokens": usage.completion_tokens,
+                "cached_tokens": usage.cached_tokens,
+            },
+            "report": report_json(&self.report),
+        })
+    }
+}
+
+fn report_json(report: &v1::RequestReport) -> Value {
+    json!({
+        "prefill_node": report.prefill_node,
+        "decode_node": report.decode_node,
+        "fetched_bytes": report.fetched_bytes,
+        "handoff_bytes": report.handoff_bytes,
+        "transport": report.transport,
+        "queue_ms": report.queue_ms,
+        "prefill_ms": report.prefill_ms,
+        "handoff_hidden_ms": report.handoff_hidden_ms,
+        "handoff_exposed_ms": report.handoff_exposed_ms,
+        "ttft_ms": report.ttft_ms,
+        "ttft_predicted_ms": report.ttft_predicted_ms,
+        "tbt_mean_ms": report.tbt_mean_ms,
+        "tbt_max_ms": report.tbt_max_ms,
+        "placements": report.placements,
+    })
+}
+
+/// Sampling parameters from flags.
+pub(crate) fn sampling(arguments: &SamplingArgs) -> v1::Sampling {
+    v1::Sampling {
+        temperature: Some(arguments.temperature),
+        top_p: Some(arguments.top_p),
+        top_k: Some(arguments.top_k),
+        seed: arguments.seed,
+        max_tokens: Some(arguments.max_tokens),
+        stop: arguments.stop.clone(),
+        ..v1::Sampling::default()
+    }
+}
+
+/// Runs a request to its end, passing text on as it comes.
+pub(crate) async fn stream(
+    router: &str,
+    request: v1::GenerateRequest,
+    mut on_text: impl FnMut(&str) -> anyhow::Result<()>,
+) -> anyhow::Result<Generated> {
+    let mut events = inference(router)?.generate(request, DEADLINE).await?;
+    let (mut text, mut tokens) = (String::new(), Vec::new());
+    while let Some(event) = events.next().await? {
+        match event {
+            GenerateEvent::Accepted { .. } => {}
+            GenerateEvent::Tokens(chunk) => {
+                on_text(&chunk.text)?;
+                text.push_str(&chunk.text);
+                tokens.extend(chunk.ids);
+            }
+            GenerateEvent::Finished {
+                reason,
+                usage,
+                report,
+            } => {
+                return Ok(Generated {
+                    text,
+                    tokens,
+                    reason,
+                    usage,
+                    report,
+                });
+            }
+        }
+    }
+    Err(types::Error::internal("the stream went on after its end").into())
+}
+
+/// A client of the router.
+pub(crate) fn inference(router: &str) -> anyhow::Result<client::Inference> {
+    Ok(client::Inference::new(node::channel(router)?))
+}

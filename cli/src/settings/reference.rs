@@ -1,0 +1,294 @@
+//! The reference of all settings, as Markdown.
+
+use std::fmt::Write;
+
+use toml::Value;
+
+use super::Settings;
+
+/// What each setting does. Tested to name every setting, and no other.
+const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
+    (
+        "node",
+        &[
+            (
+                "id",
+                "Name in the cluster; empty makes one of the role and the host's name.",
+            ),
+            ("listen", "IP address to listen on."),
+            (
+                "advertise",
+                "Host under which others reach this node; empty is `listen`.",
+            ),
+            ("grpc_port", "Port of gRPC; 0 takes a free one."),
+            (
+                "http_port",
+                "Port of HTTP (OpenAI API on a router, metrics, health); 0 takes a free one.",
+            ),
+            (
+                "transfer_port",
+                "Port on which peers write and read KV; 0 takes a free one.",
+            ),
+            (
+                "drain_deadline",
+                "How long running requests may go on after the process was told to end.",
+            ),
+        ],
+    ),
+    (
+        "registry",
+        &[
+            (
+                "url",
+                "Where members are found: `etcd://HOST:PORT[,HOST:PORT…]` or `perigee://HOST:PORT`.",
+            ),
+            ("cluster", "Name of the cluster; several may share one etcd."),
+            ("lease_ttl", "How long a node that died stays a member."),
+            ("connect_deadline", "How long the start waits for the registry."),
+        ],
+    ),
+    (
+        "model",
+        &[
+            ("path", "GGUF file or Hugging Face directory."),
+            (
+                "name",
+                "Name under which clients ask for it; empty takes the file's own.",
+            ),
+            (
+                "precision",
+                "`fast`: the file's quantised weights and f16 KV; `exact`: f32 throughout.",
+            ),
+            ("threads", "Threads of the engine; 0 takes one per core."),
+        ],
+    ),
+    (
+        "kv",
+        &[
+            ("memory", "Size of the node's pool of KV blocks."),
+            ("block_tokens", "Tokens per block; the same on all nodes."),
+        ],
+    ),
+    (
+        "router",
+        &[
+            (
+                "policy",
+                "`perigee` (least predicted time), `round_robin` or `random`.",
+            ),
+            (
+                "local_prefill_tokens_max",
+                "Most new prompt tokens that a decode node prefills by itself while a prefill node could.",
+            ),
+            (
+                "interference_weight",
+                "What one millisecond of delay of another sequence weighs, in milliseconds to the first token.",
+            ),
+            (
+                "decode_gap_weight",
+                "What one millisecond between tokens weighs, in milliseconds to the first token.",
+            ),
+            ("running_requests_max", "Requests on nodes at a time."),
+            ("running_prompt_tokens_max", "Prompt tokens of those."),
+            (
+                "waiting_requests_max",
+                "Requests that wait for a place; more are turned away.",
+            ),
+            ("waiting_prompt_tokens_max", "Prompt tokens of those."),
+            (
+                "arriving_requests_max",
+                "Requests being read and tokenised at a time; more are turned away.",
+            ),
+            ("request_deadline", "Time that a request has in all."),
+            (
+                "first_token_silence_max",
+                "Silence of a decode node before the first token after which it counts as lost.",
+            ),
+            (
+                "token_silence_max",
+                "Silence between tokens after which it counts as lost.",
+            ),
+            (
+                "dispatch_deadline",
+                "How long opening a decode node's stream may take.",
+            ),
+            ("placements_max", "How often a request is placed before it fails."),
+            (
+                "placement_wait",
+                "How long a request waits for a node to appear while none can take it.",
+            ),
+            ("index_entries_max", "(node, block) pairs in the prefix index."),
+            ("body_bytes_max", "Longest body of an HTTP request."),
+        ],
+    ),
+    (
+        "prefill",
+        &[
+            ("step_tokens", "Prompt tokens of one engine step."),
+            ("step_sequences_max", "Prompts of one engine step."),
+            ("queue_requests_max", "Prompts that wait or are being computed."),
+            (
+                "queue_tokens_max",
+                "Tokens of those prompts that are still to be computed.",
+            ),
+            ("sessions_max", "Streams from decode nodes open at a time."),
+            (
+                "start_timeout",
+                "How long a new stream may take to say what it wants.",
+            ),
+            (
+                "offer_timeout",
+                "How long a decode node may take to offer memory.",
+            ),
+            (
+                "request_timeout_max",
+                "Longest time of one request, whatever it asks for.",
+            ),
+            ("fetch_timeout", "Longest time for fetching a prefix from peers."),
+            (
+                "memory_retry_interval",
+                "How often a request looks again for memory that readers hold.",
+            ),
+            ("write_timeout", "Longest time of one write to a decode node."),
+            (
+                "quiesce_timeout",
+                "How long the writes of an aborted request may take to end by themselves.",
+            ),
+            ("writes_in_flight_max", "Writes of one request in flight."),
+            ("write_bytes_max", "Bytes of one write."),
+            ("write_slices_max", "Slices of one write."),
+            (
+                "drain_timeout",
+                "How long requests may go on after the node was told to end.",
+            ),
+        ],
+    ),
+    (
+        "decode",
+        &[
+            ("sequences_max", "Sequences in the batch."),
+            (
+                "step_tokens",
+                "Rows of one engine step; bounds the gap between two tokens of every sequence.",
+            ),
+            ("requests_max", "Requests accepted at a time, in every state."),
+            (
+                "request_timeout_max",
+                "Longest time of one request, whatever its deadline says.",
+            ),
+            (
+                "allocate_timeout",
+                "How long a handoff waits for blocks before the request queues for them.",
+            ),
+            (
+                "blocks_poll",
+                "How often a request that waits for blocks looks again.",
+            ),
+            (
+                "drain_timeout",
+                "How long requests may go on after the node was told to end.",
+            ),
+            (
+                "messages_ahead_max",
+                "Messages that are made before the client takes them.",
+            ),
+        ],
+    ),
+    (
+        "store",
+        &[
+            ("lease_ttl_max", "Longest lease that a reader gets."),
+            ("leases_max", "Leases open at a time."),
+            (
+                "reservation_ttl_max",
+                "Longest time between a writer's `Reserve` and `Commit`.",
+            ),
+            ("reservations_max", "Reservations open at a time."),
+            (
+                "expiry_interval",
+                "How often leases and reservations are checked for their end.",
+            ),
+            ("hashes_max", "Blocks that one `Acquire` or `Reserve` may name."),
+            (
+                "log_entries_max",
+                "Entries of the log that watchers can resume from.",
+            ),
+            ("watch_buffer_events", "Events in one message of the log."),
+            ("watchers_max", "Watchers of the log at a time."),
+            ("fetches_max", "Fetches from peers at a time."),
+            ("fetch_batch_bytes", "Bytes that one fetch has in flight."),
+            (
+                "acquire_timeout",
+                "Longest wait for a peer's answer to `Acquire`.",
+            ),
+        ],
+    ),
+    (
+        "log",
+        &[
+            ("format", "`text` or `json`."),
+            ("filter", "Levels by module, such as `info,kv_store=debug`."),
+        ],
+    ),
+];
+
+/// The page.
+pub(super) fn markdown() -> anyhow::Result<String> {
+    let defaults = toml::Table::try_from(Settings::default())?;
+    let mut page = String::from(
+        "# Configuration\n\n\
+        Settings come from a TOML file (`--config FILE`), the environment (`PERIGEE_SECTION__KEY`), and flags (`--set \
+        SECTION.KEY=VALUE`, and those of `perigee ROLE --help`), each over the one before. Unknown keys are reported at \
+        the start and refused by `--check-config`.\n\n\
+        Printed by `perigee config --markdown`; the defaults are the code's.\n",
+    );
+    for (section, settings) in DESCRIPTIONS {
+        write!(
+            page,
+            "\n## `[{section}]`\n\n| setting | default | what it does |\n|---|---|---|\n"
+        )?;
+        for (key, description) in *settings {
+            let default = defaults.get(*section).and_then(|section| section.get(*key));
+            let default = default.map_or_else(String::new, Value::to_string);
+            writeln!(page, "| `{key}` | `{default}` | {description} |")?;
+        }
+    }
+    Ok(page)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_setting_is_described_and_nothing_else() {
+        let defaults = toml::Table::try_from(Settings::default()).expect("serialises");
+        let keys = |section: &Value| -> BTreeSet<String> {
+            section.as_table().expect("section").keys().cloned().collect()
+        };
+        let real: BTreeSet<(String, String)> = defaults
+            .iter()
+            .flat_map(|(section, value)| keys(value).into_iter().map(move |key| (section.clone(), key)))
+            .collect();
+        let described: BTreeSet<(String, String)> = DESCRIPTIONS
+            .iter()
+            .flat_map(|(section, settings)| {
+                settings.iter().map(|(key, _)| ((*section).into(), (*key).into()))
+            })
+            .collect();
+        assert_eq!(real, described);
+    }
+
+    #[test]
+    fn the_page_in_docs_is_this_one() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md");
+        let page = std::fs::read_to_string(path).unwrap_or_default();
+        let wanted = markdown().expect("page");
+        assert!(
+            page == wanted,
+            "run: target/release/perigee config --markdown > docs/configuration.md"
+        );
+    }
+}

@@ -1,0 +1,296 @@
+//! The sections of the configuration, each with its conversion into what the role takes.
+
+use std::net::IpAddr;
+use std::num::NonZeroUsize;
+
+use engine::Precision;
+use node::config::{ByteSize, Duration};
+use node::telemetry;
+use serde::{Deserialize, Serialize};
+use types::Error;
+
+/// Logs.
+pub(crate) type LogSettings = telemetry::Config;
+
+/// Who this process is, and where it is reached.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct NodeSettings {
+    pub(crate) id: String,
+    pub(crate) listen: IpAddr,
+    pub(crate) advertise: String,
+    pub(crate) grpc_port: u16,
+    pub(crate) http_port: u16,
+    pub(crate) transfer_port: u16,
+    pub(crate) drain_deadline: Duration,
+}
+
+impl Default for NodeSettings {
+    fn default() -> Self {
+        let serve = node::serve::Config::default();
+        Self {
+            id: String::new(),
+            // Nothing authenticates callers: whoever opens a node to a network does so by hand.
+            listen: IpAddr::from([127, 0, 0, 1]),
+            advertise: String::new(),
+            grpc_port: 0,
+            http_port: 0,
+            transfer_port: 0,
+            drain_deadline: serve.drain_deadline,
+        }
+    }
+}
+
+impl NodeSettings {
+    pub(super) fn validate(&self) -> Result<(), Error> {
+        if !self.id.is_empty() {
+            node::identity::node_id(&self.id)?;
+        }
+        if self.listen.is_unspecified() && self.advertise.is_empty() {
+            return Err(Error::invalid(
+                "node.advertise",
+                format!(
+                    "node.listen is {}, so node.advertise must say where others reach this node",
+                    self.listen
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// `host:port` under which others reach `port` of this node.
+    pub(crate) fn reached_at(&self, port: u16) -> String {
+        if self.advertise.is_empty() {
+            return std::net::SocketAddr::new(self.listen, port).to_string();
+        }
+        format!("{}:{port}", self.advertise)
+    }
+
+    pub(crate) fn serve(&self) -> node::serve::Config {
+        let listen = |port| std::net::SocketAddr::new(self.listen, port).to_string();
+        node::serve::Config {
+            grpc_listen: listen(self.grpc_port),
+            http_listen: listen(self.http_port),
+            drain_deadline: self.drain_deadline,
+        }
+    }
+}
+
+/// Where the members of the cluster are found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct RegistrySettings {
+    pub(crate) url: String,
+    pub(crate) cluster: String,
+    pub(crate) lease_ttl: Duration,
+    pub(crate) connect_deadline: Duration,
+}
+
+impl Default for RegistrySettings {
+    fn default() -> Self {
+        let node::registry::Config {
+            cluster,
+            lease_ttl,
+            connect_deadline,
+        } = node::registry::Config::default();
+        Self {
+            url: String::new(),
+            cluster,
+            lease_ttl: lease_ttl.into(),
+            connect_deadline: connect_deadline.into(),
+        }
+    }
+}
+
+impl RegistrySettings {
+    pub(crate) fn config(&self) -> node::registry::Config {
+        node::registry::Config {
+            cluster: self.cluster.clone(),
+            lease_ttl: self.lease_ttl.into(),
+            connect_deadline: self.connect_deadline.into(),
+        }
+    }
+}
+
+/// What is served.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct ModelSettings {
+    pub(crate) path: String,
+    pub(crate) name: String,
+    pub(crate) precision: PrecisionName,
+    pub(crate) threads: usize,
+}
+
+impl Default for ModelSettings {
+    fn default() -> Self {
+        Self {
+            path: String::new(),
+            name: String::new(),
+            precision: PrecisionName::Fast,
+            threads: 0,
+        }
+    }
+}
+
+impl ModelSettings {
+    /// What the engine takes: `None` is one per core.
+    pub(crate) fn engine_threads(&self) -> Option<NonZeroUsize> {
+        NonZeroUsize::new(self.threads)
+    }
+}
+
+/// Arithmetic of the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum PrecisionName {
+    Exact,
+    Fast,
+}
+
+impl From<PrecisionName> for Precision {
+    fn from(name: PrecisionName) -> Self {
+        match name {
+            PrecisionName::Exact => Self::Exact,
+            PrecisionName::Fast => Self::Fast,
+        }
+    }
+}
+
+/// The pool of KV blocks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct KvSettings {
+    pub(crate) memory: ByteSize,
+    pub(crate) block_tokens: usize,
+}
+
+impl Default for KvSettings {
+    fn default() -> Self {
+        // 46 thousand tokens of the demo's model, and room on a small machine for several nodes.
+        Self {
+            memory: ByteSize(1 << 30),
+            block_tokens: types::layout::BLOCK_TOKENS_DEFAULT,
+        }
+    }
+}
+
+impl KvSettings {
+    pub(super) fn validate(&self) -> Result<(), Error> {
+        if self.memory.0 == 0 {
+            return Err(Error::invalid(
+                "kv.memory",
+                "kv.memory is 0, but a pool needs at least one block",
+            ));
+        }
+        if !self.block_tokens.is_power_of_two() || !(8..=1024).contains(&self.block_tokens) {
+            return Err(Error::invalid(
+                "kv.block_tokens",
+                format!(
+                    "kv.block_tokens is {}, but must be a power of two from 8 to 1024",
+                    self.block_tokens
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Defines a section with the fields of a role's `Config`, in the units of a configuration file. The patterns are exhaustive,
+/// so that no setting of the role can be forgotten here.
+macro_rules! section {
+    (
+        $(#[$doc:meta])*
+        $name:ident of $config:path { $($field:ident: $kind:tt),* $(,)? }
+        $(given { $($given:ident: $type:ty),* $(,)? })?
+    ) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(default)]
+        pub(crate) struct $name {
+            $(pub(crate) $field: section!(@type $kind),)*
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                use $config as Config;
+                let Config { $($field,)* $($($given: _,)*)? } = Config::default();
+                Self { $($field: section!(@raw $kind, $field),)* }
+            }
+        }
+
+        impl $name {
+            /// What the role takes.
+            pub(crate) fn config(&self, $($($given: $type),*)?) -> $config {
+                use $config as Config;
+                Config { $($field: section!(@config $kind, self.$field),)* $($($given,)*)? }
+            }
+        }
+    };
+    (@type count) => { usize };
+    (@type time) => { Duration };
+    (@type size) => { ByteSize };
+    (@type bytes) => { ByteSize };
+    (@raw count, $value:expr) => { $value };
+    (@raw time, $value:expr) => { Duration::from($value) };
+    (@raw size, $value:expr) => { ByteSize($value) };
+    (@raw bytes, $value:expr) => { ByteSize($value as u64) };
+    (@config count, $value:expr) => { $value };
+    (@config time, $value:expr) => { $value.get() };
+    (@config size, $value:expr) => { $value.0 };
+    (@config bytes, $value:expr) => { usize::try_from($value.0).unwrap_or(usize::MAX) };
+}
+
+section! {
+    /// A prefill node alone.
+    PrefillSettings of prefill_node::Config {
+        step_tokens: count,
+        step_sequences_max: count,
+        queue_requests_max: count,
+        queue_tokens_max: count,
+        sessions_max: count,
+        start_timeout: time,
+        offer_timeout: time,
+        request_timeout_max: time,
+        fetch_timeout: time,
+        memory_retry_interval: time,
+        write_timeout: time,
+        quiesce_timeout: time,
+        writes_in_flight_max: count,
+        write_bytes_max: bytes,
+        write_slices_max: count,
+        drain_timeout: time,
+    } given { threads: Option<NonZeroUsize> }
+}
+
+section! {
+    /// A decode node alone.
+    DecodeSettings of decode_node::Config {
+        sequences_max: count,
+        step_tokens: count,
+        requests_max: count,
+        request_timeout_max: time,
+        allocate_timeout: time,
+        blocks_poll: time,
+        drain_timeout: time,
+        messages_ahead_max: count,
+    } given { threads: Option<NonZeroUsize> }
+}
+
+section! {
+    /// The blocks of a node.
+    StoreSettings of kv_store::Config {
+        lease_ttl_max: time,
+        leases_max: count,
+        reservation_ttl_max: time,
+        reservations_max: count,
+        expiry_interval: time,
+        hashes_max: count,
+        log_entries_max: count,
+        watch_buffer_events: count,
+        watchers_max: count,
+        fetches_max: count,
+        fetch_batch_bytes: size,
+        acquire_timeout: time,
+    }
+}
