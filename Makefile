@@ -1,0 +1,51 @@
+# The two commands of the README are `make demo` and `make test`.
+
+CARGO ?= cargo
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+PERIGEE := $(or $(CARGO_TARGET_DIR),target)/release/perigee
+VENV := .venv
+
+export PERIGEE_MODEL ?= $(CURDIR)/$(MODEL)
+
+.PHONY: demo test bench lint format build setup setup-test clean help
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: build $(MODEL) ## A real model answers through separate prefill and decode processes
+	$(PERIGEE) demo --model $(MODEL)
+
+# Binary and tests are built by one command: apart, their dependencies would have other features, and be built twice.
+test: setup setup-test ## Install what the tests need, run all of them
+	$(CARGO) build --release --locked --workspace --bins --tests
+	$(PERIGEE) model pull smollm2-135m-instruct --to models
+	$(CARGO) nextest run --release --locked --workspace $(if $(CI),--profile ci) $(NEXTEST)
+
+bench: build $(MODEL) ## Measure the engine and the layer push, beside llama.cpp; writes docs/performance.md
+	python3 scripts/bench.py $(BENCH)
+
+lint: setup ## Formatting, clippy, documentation, dependency rules
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --workspace --no-deps --locked --quiet
+	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --offline check bans licenses sources; \
+	else echo "lint: cargo-deny is not installed, its checks are skipped"; fi
+
+format: ## Format the code
+	$(CARGO) fmt --all
+
+build: setup ## Build the binary
+	$(CARGO) build --release --locked -p perigee
+
+$(MODEL): | build
+	$(PERIGEE) model pull smollm2-135m-instruct --to models
+
+setup:
+	@scripts/setup.sh build
+
+setup-test:
+	@scripts/setup.sh test
+
+clean: ## Remove build output; keeps models
+	$(CARGO) clean
+	rm -rf $(VENV)

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Installs what a target needs and the machine lacks. `build`: a C compiler and protoc (for etcd-client's own build).
+# `test`: also etcd, cargo-nextest, and a Python environment with the official clients.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+missing=()
+need() { # COMMAND DEBIAN_PACKAGE
+    command -v "$1" >/dev/null || missing+=("$2")
+}
+
+need cc gcc
+need protoc protobuf-compiler
+need python3 python3
+if [[ ${1:-build} == test ]]; then
+    need etcd etcd-server
+    need etcdctl etcd-client
+    need ip iproute2
+fi
+
+if ((${#missing[@]})); then
+    echo "setup: installing ${missing[*]}" >&2
+    if ! command -v apt-get >/dev/null; then
+        echo "setup: this is no Debian; install what provides: ${missing[*]}" >&2
+        exit 69
+    fi
+    sudo=()
+    ((EUID == 0)) || sudo=(sudo)
+    "${sudo[@]}" apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive "${sudo[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
+fi
+
+if ! command -v cargo >/dev/null; then
+    echo "setup: cargo is missing; install Rust 1.90 or newer from https://rustup.rs" >&2
+    exit 69
+fi
+
+if [[ ${1:-build} == test ]]; then
+    if ! cargo nextest --version >/dev/null 2>&1; then
+        echo "setup: installing cargo-nextest" >&2
+        cargo install cargo-nextest --locked --quiet
+    fi
+    if ! cmp -s tests/python/requirements.txt .venv/requirements.txt; then
+        echo "setup: installing the official openai and grpc clients into .venv" >&2
+        python3 -m venv .venv
+        .venv/bin/pip install --quiet --disable-pip-version-check -r tests/python/requirements.txt
+        cp tests/python/requirements.txt .venv/requirements.txt
+    fi
+fi
