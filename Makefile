@@ -21,7 +21,7 @@ test: setup setup-test ## Install what the tests need, run all of them
 	$(PERIGEE) model pull smollm2-135m-instruct --to models
 	$(CARGO) nextest run --release --locked --workspace $(if $(CI),--profile ci) $(NEXTEST)
 
-bench: build $(MODEL) ## Measure the engine and the layer push, beside llama.cpp; writes docs/performance.md
+bench: $(MODEL) ## Measure the engine and the layer push, beside llama.cpp; writes docs/performance.md
 	python3 scripts/bench.py $(BENCH)
 
 lint: setup ## Formatting, clippy, documentation, dependency rules

@@ -163,7 +163,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--without-llama", action="store_true")
     arguments = parser.parse_args()
-    run("cargo", "build", "--release", "--locked", "-p", "engine", "--example", "bench", cwd=ROOT)
+    run("cargo", "build", "--release", "--locked", "--workspace", "--bins", "--example", "bench", cwd=ROOT)
     binaries = None if arguments.without_llama else llama_cpp()
     ours, theirs = {}, {}
     for _ in range(arguments.rounds):
