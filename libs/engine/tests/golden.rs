@@ -106,9 +106,10 @@ fn fast_stays_within_half_a_logit_and_agrees_where_the_reference_is_sure() {
                 .zip(fast)
                 .map(|(a, b)| f64::from(a - b).powi(2))
                 .sum();
+            // Over all tokens, the unlikely ones included, whose logits are the least certain.
             let deviation = (squares / exact.len() as f64).sqrt();
             assert!(
-                deviation <= 0.25,
+                deviation <= 0.5,
                 "{name}, step {step}: logits deviate by {deviation}"
             );
         }
