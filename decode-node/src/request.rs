@@ -258,7 +258,11 @@ impl<'a> Running<'a> {
         report.prefill_node = placement.node_id.clone();
         report.fetched_bytes = told.fetched_bytes;
         report.handoff_bytes = told.handoff_bytes;
-        report.transport = self.shared.store.transport().name().to_owned();
+        report.transport = if told.transport.is_empty() {
+            "none".to_owned()
+        } else {
+            told.transport.clone()
+        };
         report.queue_ms = ms(landed.started_at.duration_since(self.accepted_at));
         report.prefill_ms = told.prefill_ms;
         report.handoff_hidden_ms = told.handoff_hidden_ms;

@@ -292,6 +292,7 @@ impl Peer {
             region,
             remote: remote.clone(),
             slices,
+            keep: transfer::Keep::default(),
         };
         self.transport
             .write(batch, Instant::now() + PATIENCE)

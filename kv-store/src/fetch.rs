@@ -8,6 +8,7 @@
 //!
 //! Elsewhere: which peers to ask (`router`), the other side (`service.rs`).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use node::Channels;
@@ -15,7 +16,7 @@ use proto::v1::kv_store_client::KvStoreClient;
 use proto::{convert, status, v1};
 use tokio::time::{Instant, timeout, timeout_at};
 use tonic::transport::Channel;
-use transfer::{RemoteRegion, Slice, TransferBatch, TransferError};
+use transfer::{Keep, RemoteRegion, Slice, TransferBatch, TransferError};
 use types::{BlockHash, Checksum, Epoch, Error};
 
 use crate::store::{BlockPin, Corrupt, OwnedBlock, Store};
@@ -89,6 +90,8 @@ enum FetchError {
     Corrupt(#[from] Corrupt),
     #[error("peer answered {0}")]
     Answer(&'static str),
+    #[error("the transport still holds the memory after the transfer ended")]
+    StillMoving,
     #[error("no memory is left for fetched blocks")]
     OutOfBlocks,
 }
@@ -247,7 +250,8 @@ impl Attempt<'_> {
         promised: &[Promised],
         outcome: &mut FetchOutcome,
     ) -> Result<(), FetchError> {
-        let blocks = self.store.allocate_up_to(promised.len());
+        // Shared with the transfer, so that nobody gets these blocks while a late byte can still arrive in them.
+        let blocks = Arc::new(self.store.allocate_up_to(promised.len()));
         let block_bytes = self.store.layout().block_bytes() as u64;
         let slice = |block: &OwnedBlock, promised: &Promised| Slice {
             local_offset: self.store.byte_range(block.block()).start,
@@ -262,12 +266,14 @@ impl Attempt<'_> {
                 .zip(promised)
                 .map(|(block, from)| slice(block, from))
                 .collect(),
+            keep: Keep::new(blocks.clone()),
         };
         let complete = blocks.len() == promised.len();
         let transport = self.store.transport();
         if !blocks.is_empty() {
-            transport.read(batch, self.deadline).await?;
+            outcome.transport = transport.read(batch, self.deadline).await?.mover;
         }
+        let blocks = Arc::into_inner(blocks).ok_or(FetchError::StillMoving)?;
         for (block, promised) in blocks.into_iter().zip(promised) {
             let next = self.fetch.from + outcome.blocks.len();
             let parent = match next.checked_sub(1) {
@@ -279,7 +285,6 @@ impl Attempt<'_> {
                 .adopt(block, parent, promised.hash, promised.checksum)?;
             outcome.blocks.push(pin);
             outcome.bytes += block_bytes;
-            outcome.transport = transport.name();
             self.store.inner().metrics.fetched_blocks.inc();
             self.store.inner().metrics.fetched_bytes.inc_by(block_bytes);
             // Hashing one block is short, hashing all of them is not.

@@ -9,8 +9,7 @@ use std::sync::Arc;
 use node::{Identity, LoadSource};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use transfer::memory::MemoryError;
-use transfer::{HostMemory, TcpTransport, TransferError, Transport};
+use transfer::{TcpTransport, TransferError, Transport};
 use types::{ErrorCode, KvSpace, LoadReport, NodeRecord};
 
 use crate::service::Service;
@@ -45,10 +44,7 @@ impl Default for Config {
 /// Why a store node cannot start.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StartError {
-    /// No memory for the pool.
-    #[error("{0}")]
-    Memory(#[from] MemoryError),
-    /// The transport cannot listen.
+    /// The transport cannot listen, or has no memory for the pool.
     #[error("{0}")]
     Transport(#[from] TransferError),
     /// The pool cannot become a store.
@@ -60,7 +56,6 @@ impl StartError {
     /// What the caller can do about it.
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Memory(error) => error.code(),
             Self::Transport(error) => error.code(),
             Self::Store(error) => error.code(),
         }
@@ -96,9 +91,9 @@ impl StoreNode {
             transfer,
             store,
         } = config;
-        let memory = HostMemory::allocate(capacity_bytes)?;
         let transport: Arc<dyn Transport> =
             TcpTransport::bind(transfer_listen, identity.epoch, transfer).await?;
+        let memory = transport.allocate(capacity_bytes)?;
         let store = Store::new(store, space, identity.epoch, memory, transport, metrics)?;
         Ok(Self {
             service: Service::new(store.clone(), shutdown.clone()),

@@ -273,6 +273,7 @@ impl<'a> Handover<'a> {
             prefill_ms: ms(computed_at - started),
             handoff_hidden_ms: ms(overlap.hidden()),
             handoff_exposed_ms: ms(overlap.exposed()),
+            transport: self.pusher.mover.to_owned(),
         }));
     }
 

@@ -13,7 +13,7 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use tokio::time::Instant;
-use transfer::{RegionId, RemoteRegion, Slice, TransferBatch, TransferError, TransferStats, Transport};
+use transfer::{Keep, RegionId, RemoteRegion, Slice, TransferBatch, TransferError, TransferStats, Transport};
 use types::{BlockId, KvLayout};
 
 use crate::handoff::{Piece, Write, WriteId};
@@ -45,6 +45,8 @@ pub(crate) struct Pusher {
     writes: FuturesUnordered<BoxFuture<'static, Ended>>,
     pub(crate) overlap: Overlap,
     pub(crate) pushed_bytes: u64,
+    /// What moved the last write that succeeded.
+    pub(crate) mover: &'static str,
 }
 
 impl Pusher {
@@ -59,6 +61,7 @@ impl Pusher {
             writes: FuturesUnordered::new(),
             overlap: Overlap::default(),
             pushed_bytes: 0,
+            mover: "none",
         }
     }
 
@@ -78,6 +81,7 @@ impl Pusher {
             region: self.region,
             remote: target.remote.clone(),
             slices: self.slices(&write.pieces, target),
+            keep: Keep::default(),
         };
         let id = write.id;
         let writing = self.transport.write(batch, deadline.min(now + timeout));
@@ -98,6 +102,7 @@ impl Pusher {
         self.overlap.end(Instant::now());
         if let Ok(stats) = &ended.result {
             self.pushed_bytes += stats.bytes;
+            self.mover = stats.mover;
         }
         ended
     }
@@ -143,7 +148,8 @@ fn slices(
 pub(crate) fn may_still_land(error: &TransferError) -> bool {
     match error {
         TransferError::UnknownKey { .. } | TransferError::Fenced { .. } => false,
-        TransferError::UnknownRegion { .. }
+        TransferError::Memory(_)
+        | TransferError::UnknownRegion { .. }
         | TransferError::OutOfBounds { .. }
         | TransferError::UnsupportedMemory { .. }
         | TransferError::UnsupportedEndpoint { .. }

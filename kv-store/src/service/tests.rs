@@ -232,6 +232,7 @@ impl Put {
                 .zip(&self.reserved.block_offsets)
                 .map(slice)
                 .collect(),
+            keep: transfer::Keep::default(),
         };
         self.writer
             .transport

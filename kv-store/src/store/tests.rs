@@ -171,6 +171,7 @@ impl Pair {
             region: self.source,
             remote: grant.region().clone(),
             slices: grant.block_offsets().iter().map(slice).collect(),
+            keep: transfer::Keep::default(),
         };
         let written = self.writer.write(batch, Instant::now() + PATIENCE);
         async move { written.await.map(drop) }

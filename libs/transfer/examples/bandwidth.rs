@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use tokio::time::Instant;
 use transfer::memory::copy_in;
-use transfer::{HostMemory, Slice, TcpTransport, TransferBatch, Transport, tcp};
+use transfer::{HostMemory, Keep, Slice, TcpTransport, TransferBatch, Transport, tcp};
 use types::Epoch;
 
 /// Larger than the caches, so that memory takes part.
@@ -72,6 +72,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
                 region,
                 remote: remote.clone(),
                 slices: scattered(&row, start),
+                keep: Keep::default(),
             })
             .await?;
             println!(

@@ -2,7 +2,7 @@
 
 use types::{Epoch, ErrorCode, MemoryKind};
 
-use crate::RegionId;
+use crate::{MemoryError, RegionId};
 
 /// Why a transport refused a call or could not complete it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -35,6 +35,9 @@ pub enum TransferError {
         /// What was asked for.
         endpoint: String,
     },
+    /// No memory of that size.
+    #[error("{0}")]
+    Memory(#[from] MemoryError),
     /// A table of the transport is full.
     #[error("no more than {limit} {what} fit")]
     Full {
@@ -130,6 +133,7 @@ impl TransferError {
             | Self::UnsupportedMemory { .. }
             | Self::UnsupportedEndpoint { .. }
             | Self::OutOfRange { .. } => ErrorCode::Invalid,
+            Self::Memory(error) => error.code(),
             Self::UnknownRegion { .. } | Self::UnknownKey { .. } => ErrorCode::NotFound,
             Self::Denied { .. } => ErrorCode::Denied,
             Self::Full { .. } => ErrorCode::Overloaded,

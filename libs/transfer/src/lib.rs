@@ -9,7 +9,7 @@
 //! # tokio::runtime::Runtime::new().unwrap().block_on(async {
 //! use std::time::Duration;
 //! use tokio::time::Instant;
-//! use transfer::{HostMemory, Slice, TcpTransport, TransferBatch, Transport, memory, tcp};
+//! use transfer::{HostMemory, Keep, Slice, TcpTransport, TransferBatch, Transport, memory, tcp};
 //! use types::Epoch;
 //!
 //! let address = "127.0.0.1:0".parse()?;
@@ -22,7 +22,7 @@
 //! let source = HostMemory::allocate(4096)?;
 //! memory::copy_in(&*source, 0, b"keys and values")?;
 //! let slices = vec![Slice { local_offset: 0, remote_offset: 4096, len: 15 }];
-//! let batch = TransferBatch { region: sender.register(source)?, remote: grant.clone(), slices };
+//! let batch = TransferBatch { region: sender.register(source)?, remote: grant.clone(), slices, keep: Keep::default() };
 //! sender.write(batch, Instant::now() + Duration::from_secs(5)).await?;
 //!
 //! // The sender says that it is done; the receiver fences and then looks.
@@ -53,10 +53,13 @@ mod split;
 pub mod stats;
 pub mod tcp;
 pub mod transport;
+pub mod ucx;
 
 pub use error::TransferError;
 pub use mem::{MemNetwork, MemTransport};
 pub use memory::{HostMemory, MemoryError};
 pub use stats::StatsSnapshot;
 pub use tcp::TcpTransport;
-pub use transport::{RegionId, RemoteRegion, Slice, TransferBatch, TransferStats, Transport, choose};
+pub use transport::{
+    Keep, Link, Mover, RegionId, RemoteRegion, Slice, TransferBatch, TransferStats, Transport, choose,
+};

@@ -21,6 +21,16 @@ pub struct StatsSnapshot {
     pub served_bytes: u64,
     /// Batches that succeeded.
     pub batches: u64,
+    /// Of `written_bytes`: those that UCX moved.
+    pub ucx_written_bytes: u64,
+    /// Of `read_bytes`: those that UCX moved.
+    pub ucx_read_bytes: u64,
+    /// Of `received_bytes`: those that UCX moved.
+    pub ucx_received_bytes: u64,
+    /// Of `served_bytes`: those that UCX moved.
+    pub ucx_served_bytes: u64,
+    /// Of `batches`: those whose bytes UCX moved.
+    pub ucx_batches: u64,
     /// Batches in progress now.
     pub batches_in_flight: u64,
     /// Connections opened to peers.
@@ -58,6 +68,11 @@ pub(crate) struct Stats {
     pub(crate) received_bytes: Counter,
     pub(crate) served_bytes: Counter,
     pub(crate) batches: Counter,
+    pub(crate) ucx_written_bytes: Counter,
+    pub(crate) ucx_read_bytes: Counter,
+    pub(crate) ucx_received_bytes: Counter,
+    pub(crate) ucx_served_bytes: Counter,
+    pub(crate) ucx_batches: Counter,
     pub(crate) batches_in_flight: Gauge,
     pub(crate) connections_opened: Counter,
     pub(crate) connections_accepted: Counter,
@@ -84,6 +99,11 @@ impl Stats {
             received_bytes: self.received_bytes.get(),
             served_bytes: self.served_bytes.get(),
             batches: self.batches.get(),
+            ucx_written_bytes: self.ucx_written_bytes.get(),
+            ucx_read_bytes: self.ucx_read_bytes.get(),
+            ucx_received_bytes: self.ucx_received_bytes.get(),
+            ucx_served_bytes: self.ucx_served_bytes.get(),
+            ucx_batches: self.ucx_batches.get(),
             batches_in_flight: self.batches_in_flight.0.get(),
             connections_opened: self.connections_opened.get(),
             connections_accepted: self.connections_accepted.get(),

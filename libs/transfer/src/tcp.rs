@@ -74,7 +74,7 @@ use types::{Epoch, Memory};
 use crate::region::{Keys, RegionTable};
 use crate::stats::Stats;
 use crate::transport::{RegionId, RemoteRegion, TransferBatch, TransferStats, Transport};
-use crate::{StatsSnapshot, TransferError};
+use crate::{StatsSnapshot, TransferError, ucx};
 
 /// The scheme of the endpoints.
 const SCHEME: &str = "tcp";
@@ -99,6 +99,8 @@ pub struct Config {
     pub request_timeout: Duration,
     /// How long the server keeps a connection without requests.
     pub idle_timeout: Duration,
+    /// Whether UCX moves payloads.
+    pub ucx: ucx::Config,
 }
 
 impl Default for Config {
@@ -121,6 +123,7 @@ impl Default for Config {
             // 4 MiB in 10 s is slower than any network worth a transfer.
             request_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(300),
+            ucx: ucx::Config::default(),
         }
     }
 }

@@ -14,8 +14,8 @@
 //!   (such as "landed") finds the bytes there.
 //! - An error means that any subset of the bytes of the batch's slices may have landed, and no byte outside
 //!   them. Bytes that are still under way may land until the receiver revokes the grant.
-//! - Futures do nothing unless polled. One that is dropped stops the transfer: once `drop` returned, the local
-//!   memory is no longer touched.
+//! - Futures do nothing unless polled. One that is dropped stops the transfer; hardware may go on for a moment, and
+//!   until it stopped, the transport holds the batch's [`Keep`].
 //!
 //! # Another transport
 //!
@@ -25,15 +25,18 @@
 //! offers more than TCP. Its keys are packed remote keys in a table of its own, and its `revoke` has to
 //! tear down the endpoints of the grant's holder, which is why `revoke` is asynchronous.
 
+use std::any::Any;
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use types::{Epoch, Memory};
 
-use crate::{StatsSnapshot, TransferError};
+use crate::{HostMemory, StatsSnapshot, TransferError};
 
 /// A registered memory, named within its transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -61,8 +64,26 @@ pub struct Slice {
     pub len: u64,
 }
 
+/// Whatever must outlive a transfer: the transport lets it go when nothing of the batch touches local memory any more,
+/// and before the call's future is ready.
+#[derive(Clone, Default)]
+pub struct Keep(Option<Arc<dyn Any + Send + Sync>>);
+
+impl Keep {
+    /// Keeps `kept` until the transfer has ended.
+    pub fn new(kept: Arc<dyn Any + Send + Sync>) -> Self {
+        Self(Some(kept))
+    }
+}
+
+impl fmt::Debug for Keep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Keep(..)" } else { "Keep" })
+    }
+}
+
 /// What is to be moved between one local and one remote memory, in the direction of the call it is given to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct TransferBatch {
     /// The local memory.
     pub region: RegionId,
@@ -70,6 +91,9 @@ pub struct TransferBatch {
     pub remote: RemoteRegion,
     /// The runs of bytes. Slices without bytes are skipped; a batch without bytes succeeds without asking the peer.
     pub slices: Vec<Slice>,
+    /// For reads: what keeps the destination from being used otherwise. Where the caller holds it all the same, as
+    /// with memory that nobody else uses, the default does.
+    pub keep: Keep,
 }
 
 /// What a batch that succeeded did.
@@ -81,6 +105,40 @@ pub struct TransferStats {
     pub requests: u64,
     /// From the call's first poll to the last acknowledgement.
     pub elapsed: Duration,
+    /// What moved the bytes: `tcp`, `ucx` or `mem`.
+    pub mover: &'static str,
+}
+
+/// How this node and one peer reach each other's memory, as [`Transport::links`] reports it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Link {
+    /// The peer.
+    pub endpoint: String,
+    /// What moves the bytes: `tcp` or `ucx`.
+    pub mover: String,
+    /// What UCX uses for this pair, such as `sysv` or `rc_mlx5`; empty where it is not used.
+    pub lanes: Vec<String>,
+    /// Why nothing better is used: one actionable line. Empty where there is nothing better.
+    pub obstacle: String,
+    /// Connections to the peer that are open now.
+    pub connections: u64,
+    /// Bytes written to the peer and acknowledged.
+    pub written_bytes: u64,
+    /// Bytes read from the peer.
+    pub read_bytes: u64,
+    /// Batches that failed.
+    pub failures: u64,
+}
+
+/// A way of moving bytes, and whether this process has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mover {
+    /// `tcp` or `ucx`.
+    pub name: String,
+    /// Whether it can be used here.
+    pub usable: bool,
+    /// What was found, such as the library's version and its devices; or why it cannot be used.
+    pub detail: String,
 }
 
 /// One-sided access to the memory of peers, and theirs to ours.
@@ -153,6 +211,23 @@ pub trait Transport: Send + Sync + 'static {
 
     /// What it has done so far.
     fn stats(&self) -> StatsSnapshot;
+
+    /// Memory that this transport moves best: peers on this host may map it, and devices have it registered.
+    /// All bytes are zero.
+    fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>, TransferError> {
+        let memory = HostMemory::allocate(bytes)?;
+        Ok(memory)
+    }
+
+    /// The peers that transfers went to, and how. For people, not for decisions.
+    fn links(&self) -> Vec<Link> {
+        Vec::new()
+    }
+
+    /// The ways of moving bytes that were looked for at the start.
+    fn movers(&self) -> Vec<Mover> {
+        Vec::new()
+    }
 }
 
 /// The transport that reaches `endpoint`: the first whose name is the endpoint's scheme.

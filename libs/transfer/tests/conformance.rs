@@ -12,7 +12,7 @@ use tokio::runtime::Runtime;
 use tokio::time::Instant;
 use transfer::memory::{copy_in, copy_out};
 use transfer::{
-    HostMemory, MemNetwork, RegionId, RemoteRegion, Slice, TcpTransport, TransferBatch, TransferError,
+    HostMemory, Keep, MemNetwork, RegionId, RemoteRegion, Slice, TcpTransport, TransferBatch, TransferError,
     Transport, mem, tcp,
 };
 use types::{Epoch, ErrorCode};
@@ -61,6 +61,7 @@ impl Pair {
             region: self.near_region,
             remote: remote.clone(),
             slices,
+            keep: Keep::default(),
         }
     }
 

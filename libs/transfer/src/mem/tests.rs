@@ -37,6 +37,7 @@ fn whole(region: RegionId, remote: &RemoteRegion) -> TransferBatch {
             remote_offset: 0,
             len: BYTES as u64,
         }],
+        keep: crate::Keep::default(),
     }
 }
 

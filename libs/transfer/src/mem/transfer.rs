@@ -104,6 +104,7 @@ impl Transfer {
             bytes,
             requests: 1,
             elapsed: begun.elapsed(),
+            mover: "mem",
         })
     }
 

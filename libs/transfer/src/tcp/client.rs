@@ -174,6 +174,7 @@ async fn run(
             bytes,
             requests,
             elapsed: begun.elapsed(),
+            mover: SCHEME,
         }),
     }
 }
