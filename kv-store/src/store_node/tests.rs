@@ -66,7 +66,7 @@ async fn a_pool_without_room_for_a_block_does_not_start() {
     assert_eq!(too_small.code(), ErrorCode::Invalid);
     assert!(matches!(
         start(0, &shutdown).await.unwrap_err(),
-        StartError::Transport(transfer::TransferError::Memory(_))
+        StartError::Transport(TransferError::Memory(_))
     ));
     assert!(start(512, &shutdown).await.is_ok(), "one block is a store");
 }

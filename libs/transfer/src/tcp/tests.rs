@@ -41,7 +41,7 @@ fn batch(region: RegionId, remote: &RemoteRegion, offset: u64, len: usize) -> Tr
             remote_offset: offset,
             len: len as u64,
         }],
-        keep: Keep::default(),
+        keep: crate::Keep::default(),
     }
 }
 
