@@ -160,6 +160,8 @@ pub(crate) fn may_still_land(error: &TransferError) -> bool {
         | TransferError::Unreachable { .. }
         | TransferError::ConnectionLost { .. }
         | TransferError::Timeout { .. }
+        | TransferError::Ucx { .. }
+        | TransferError::NoUcx { .. }
         | TransferError::Protocol { .. }
         | TransferError::Closed => true,
     }

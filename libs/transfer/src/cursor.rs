@@ -68,13 +68,6 @@ impl Cursor {
         self.remaining
     }
 
-    /// Goes back to before the first span.
-    pub(crate) fn rewind(&mut self) {
-        self.index = 0;
-        self.done = 0;
-        self.remaining = self.spans.iter().map(|span| span.len as u64).sum();
-    }
-
     /// Receives into the next bytes, with one call that does not wait. 0 is the end of the stream.
     pub(crate) fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         let mut vectors = [EMPTY; VECTORS_MAX];

@@ -112,6 +112,20 @@ pub enum TransferError {
         /// The peer.
         endpoint: String,
     },
+    /// UCX cannot move the bytes, and nothing else may.
+    #[error("ucx cannot reach {endpoint}: {reason}")]
+    Ucx {
+        /// The peer.
+        endpoint: String,
+        /// What is in the way.
+        reason: String,
+    },
+    /// UCX is forced, and cannot be used here.
+    #[error("transfers are forced to use ucx, but it cannot be used: {reason}")]
+    NoUcx {
+        /// What is in the way.
+        reason: String,
+    },
     /// The peer answered what the protocol does not allow.
     #[error("{endpoint} broke the transfer protocol: {reason}")]
     Protocol {
@@ -140,9 +154,12 @@ impl TransferError {
             Self::Fenced { .. } => ErrorCode::Fenced,
             // One-sided writes have no effect beyond memory that was granted for them, so "nothing was done"
             // holds for all that anyone may look at.
-            Self::Bind { .. } | Self::Unreachable { .. } | Self::ConnectionLost { .. } | Self::Closed => {
-                ErrorCode::Unavailable
-            }
+            Self::Bind { .. }
+            | Self::Unreachable { .. }
+            | Self::ConnectionLost { .. }
+            | Self::Ucx { .. }
+            | Self::NoUcx { .. }
+            | Self::Closed => ErrorCode::Unavailable,
             Self::Timeout { .. } => ErrorCode::Timeout,
             Self::Protocol { .. } => ErrorCode::Internal,
         }

@@ -324,8 +324,7 @@ impl Transport for MemTransport {
     }
 
     fn unregister(&self, region: RegionId) -> BoxFuture<'static, ()> {
-        self.node.regions.unregister(region);
-        std::future::ready(()).boxed()
+        self.node.regions.unregister(region).1
     }
 
     fn expose_read(&self, region: RegionId) -> Result<RemoteRegion, TransferError> {
@@ -340,11 +339,12 @@ impl Transport for MemTransport {
 
     fn revoke(&self, grant: &RemoteRegion) -> BoxFuture<'static, ()> {
         if grant.epoch == self.node.epoch && grant.endpoint == self.node.endpoint {
-            self.node.regions.revoke(grant.key);
+            let settled = self.node.regions.revoke(grant.key);
             self.network.log(What::Revoked {
                 endpoint: grant.endpoint.clone(),
                 key: grant.key,
             });
+            return settled;
         }
         std::future::ready(()).boxed()
     }

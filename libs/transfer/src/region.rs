@@ -2,15 +2,21 @@
 //!
 //! Invariant: whoever moves bytes for a peer does so inside [`Grant::touch`], and `touch` runs nothing once
 //! [`Grant::close`] has begun; `close` returns when the last `touch` has. Because a `touch` is one system call
-//! that does not wait, or one copy, closing takes microseconds and depends on no peer.
+//! that does not wait, or one copy, closing takes microseconds and depends on no peer. What hardware moves by itself
+//! takes a [`Hold`] there, and the fence waits for that to end, by force if it must.
 //!
 //! Elsewhere: the moving itself (`cursor.rs`, `mem.rs`).
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::sync::Notify;
+use tokio::time::timeout;
 use types::{Memory, MemoryKind};
 
 use crate::{RegionId, TransferError};
@@ -21,6 +27,9 @@ const REGIONS_MAX: usize = 1024;
 const GRANTS_MAX: usize = 1 << 16;
 /// Ranges of one grant: more than the blocks times layers of the longest context.
 const RANGES_PER_GRANT_MAX: usize = 1 << 18;
+
+/// How long a fence waits for hardware to end by itself before it makes it end.
+const HOLD_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What a peer may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +56,33 @@ pub(crate) struct Grant {
     access: Access,
     /// Held for reading while memory is touched, for writing to close.
     closed: RwLock<bool>,
+    /// What hardware moves into the memory by itself.
+    holds: Mutex<Holds>,
+    /// Rung when one of them ends.
+    released: Notify,
+}
+
+#[derive(Default)]
+struct Holds {
+    taken: u64,
+    /// What ends each by force.
+    open: BTreeMap<u64, Cut>,
+}
+
+/// Makes hardware stop, soon.
+pub(crate) type Cut = Arc<dyn Fn() + Send + Sync>;
+
+/// Memory of a grant is being written by hardware. Dropped when it is not any more.
+pub(crate) struct Hold {
+    grant: Arc<Grant>,
+    number: u64,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.grant.holds().open.remove(&self.number);
+        self.grant.released.notify_waiters();
+    }
 }
 
 enum Access {
@@ -93,8 +129,40 @@ impl Grant {
         (!*closed).then(move_bytes)
     }
 
+    /// Lets hardware write memory of the grant until the result is dropped, if the grant is open. `cut` must end that.
+    pub(crate) fn hold(self: &Arc<Self>, cut: Cut) -> Option<Hold> {
+        self.touch(|| {
+            let mut holds = self.holds();
+            holds.taken += 1;
+            let number = holds.taken;
+            holds.open.insert(number, cut);
+            Hold {
+                grant: self.clone(),
+                number,
+            }
+        })
+    }
+
     fn close(&self) {
         *self.closed.write().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+
+    /// Returns when no hardware writes the memory any more. What does not end by itself soon is cut, again and again.
+    async fn settled(&self) {
+        loop {
+            let released = self.released.notified();
+            if self.holds().open.is_empty() {
+                return;
+            }
+            if timeout(HOLD_PATIENCE, released).await.is_err() {
+                let cuts: Vec<Cut> = self.holds().open.values().cloned().collect();
+                cuts.iter().for_each(|cut| cut());
+            }
+        }
+    }
+
+    fn holds(&self) -> MutexGuard<'_, Holds> {
+        self.holds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -172,15 +240,23 @@ impl RegionTable {
         Ok(region)
     }
 
-    pub(crate) fn unregister(&self, region: RegionId) {
+    /// Forgets a region. When the future is ready, nobody touches its memory any more; system calls do not from the
+    /// call on.
+    pub(crate) fn unregister(&self, region: RegionId) -> (Option<Arc<dyn Memory>>, BoxFuture<'static, ()>) {
         let mut inner = self.inner();
-        inner.regions.remove(&region);
+        let memory = inner.regions.remove(&region).map(|region| region.memory);
         let gone: Vec<_> = inner
             .grants
             .extract_if(|_, grant| grant.region == region)
             .collect();
         drop(inner);
         gone.iter().for_each(|(_, grant)| grant.close());
+        let settled = async move {
+            for (_, grant) in &gone {
+                grant.settled().await;
+            }
+        };
+        (memory, settled.boxed())
     }
 
     /// The memory behind a region, for local use.
@@ -235,7 +311,9 @@ impl RegionTable {
         self.grant(&mut inner, region, memory, Access::Write(merged(ranges)))
     }
 
-    pub(crate) fn revoke(&self, key: u64) {
+    /// Closes a grant. When the future is ready, nobody touches its memory any more; system calls do not from the
+    /// call on.
+    pub(crate) fn revoke(&self, key: u64) -> BoxFuture<'static, ()> {
         let mut inner = self.inner();
         let grant = inner.grants.remove(&key);
         if let Some(grant) = &grant
@@ -245,9 +323,11 @@ impl RegionTable {
             entry.read_key = None;
         }
         drop(inner);
-        if let Some(grant) = grant {
-            grant.close();
-        }
+        let Some(grant) = grant else {
+            return std::future::ready(()).boxed();
+        };
+        grant.close();
+        async move { grant.settled().await }.boxed()
     }
 
     /// The open grant with this key.
@@ -285,6 +365,8 @@ impl RegionTable {
             region,
             access,
             closed: RwLock::new(false),
+            holds: Mutex::default(),
+            released: Notify::new(),
         };
         inner.grants.insert(key, Arc::new(grant));
         Ok(key)

@@ -53,6 +53,10 @@
 //! Elsewhere: grants and the fence (`region.rs`), the system calls (`cursor.rs`), splitting (`split.rs`).
 
 mod client;
+mod link;
+mod linking;
+mod messages;
+mod served;
 mod server;
 mod stream;
 mod wire;
@@ -73,11 +77,14 @@ use types::{Epoch, Memory};
 
 use crate::region::{Keys, RegionTable};
 use crate::stats::Stats;
-use crate::transport::{RegionId, RemoteRegion, TransferBatch, TransferStats, Transport};
-use crate::{StatsSnapshot, TransferError, ucx};
+use crate::transport::{Link, Mover, RegionId, RemoteRegion, TransferBatch, TransferStats, Transport};
+use crate::ucx::{Choice, Ucx};
+use crate::{HostMemory, StatsSnapshot, TransferError, ucx};
 
-/// The scheme of the endpoints.
+/// The scheme of the endpoints, and the name of what moves payload inline.
 const SCHEME: &str = "tcp";
+/// The name of what moves it otherwise.
+const UCX: &str = "ucx";
 
 /// Bounds of a [`TcpTransport`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,6 +148,10 @@ struct Shared {
     regions: RegionTable,
     peers: client::Peers,
     stats: Stats,
+    /// The library, or why it is not used.
+    ucx: Result<Arc<Ucx>, String>,
+    /// Links over which peers have UCX move bytes here.
+    served_links: served::Links,
     /// Cancelled when the transport closes.
     closed: CancellationToken,
     /// The server's tasks.
@@ -155,6 +166,7 @@ impl TcpTransport {
             address: address.to_string(),
             reason: error.to_string(),
         };
+        let ucx = open_ucx(&config.ucx)?;
         let listener = TcpListener::bind(address).await.map_err(fail)?;
         let bound = listener.local_addr().map_err(fail)?;
         let endpoint = match &config.advertise_host {
@@ -168,6 +180,8 @@ impl TcpTransport {
             regions: RegionTable::new(Keys::Secret(std::hash::RandomState::new())),
             peers: client::Peers::default(),
             stats: Stats::default(),
+            ucx,
+            served_links: served::Links::default(),
             closed: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
@@ -194,6 +208,10 @@ impl Shared {
         self.regions.close();
         self.closed.cancel();
         self.peers.clear();
+        self.served_links.clear();
+        if let Ok(ucx) = &self.ucx {
+            ucx.stop();
+        }
         self.tasks.close();
     }
 
@@ -202,6 +220,26 @@ impl Shared {
             endpoint: self.endpoint.clone(),
             epoch: self.epoch,
             key,
+        }
+    }
+}
+
+/// Opens the library where it may be used.
+fn open_ucx(config: &ucx::Config) -> Result<Result<Arc<Ucx>, String>, TransferError> {
+    if config.choice == Choice::Tcp {
+        return Ok(Err("transfers are set to use TCP only".to_owned()));
+    }
+    match Ucx::open(config) {
+        Ok(ucx) => {
+            tracing::info!(version = ucx.version(), "ucx can move bytes");
+            Ok(Ok(Arc::new(ucx)))
+        }
+        Err(error) if config.choice == Choice::Ucx => Err(TransferError::NoUcx {
+            reason: error.to_string(),
+        }),
+        Err(error) => {
+            tracing::info!(reason = %error, "ucx is not used, tcp moves all bytes");
+            Ok(Err(error.to_string()))
         }
     }
 }
@@ -220,12 +258,31 @@ impl Transport for TcpTransport {
     }
 
     fn register(&self, memory: Arc<dyn Memory>) -> Result<RegionId, TransferError> {
+        if let Ok(ucx) = &self.shared.ucx {
+            // What UCX cannot reach goes over TCP, so this is no error unless nothing else may.
+            match ucx.expose(&memory) {
+                Ok(_) => {}
+                Err(error) if self.shared.config.ucx.choice == Choice::Ucx => {
+                    return Err(TransferError::NoUcx {
+                        reason: error.to_string(),
+                    });
+                }
+                Err(error) => tracing::warn!(%error, bytes = memory.len(), "memory is out of reach of ucx"),
+            }
+        }
         self.shared.regions.register(memory)
     }
 
     fn unregister(&self, region: RegionId) -> BoxFuture<'static, ()> {
-        self.shared.regions.unregister(region);
-        std::future::ready(()).boxed()
+        let (memory, settled) = self.shared.regions.unregister(region);
+        let shared = self.shared.clone();
+        async move {
+            settled.await;
+            if let (Ok(ucx), Some(memory)) = (&shared.ucx, memory) {
+                ucx.conceal(&memory);
+            }
+        }
+        .boxed()
     }
 
     fn expose_read(&self, region: RegionId) -> Result<RemoteRegion, TransferError> {
@@ -240,7 +297,7 @@ impl Transport for TcpTransport {
 
     fn revoke(&self, grant: &RemoteRegion) -> BoxFuture<'static, ()> {
         if grant.epoch == self.shared.epoch && grant.endpoint == self.shared.endpoint {
-            self.shared.regions.revoke(grant.key);
+            return self.shared.regions.revoke(grant.key);
         }
         std::future::ready(()).boxed()
     }
@@ -275,6 +332,41 @@ impl Transport for TcpTransport {
 
     fn stats(&self) -> StatsSnapshot {
         self.shared.stats.snapshot()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>, TransferError> {
+        if let Ok(ucx) = &self.shared.ucx {
+            match ucx.allocate(bytes) {
+                Ok(memory) => return Ok(memory),
+                Err(error) => {
+                    tracing::warn!(%error, bytes, "ucx has no memory of this size, so peers on this host cannot map it");
+                }
+            }
+        }
+        Ok(HostMemory::allocate(bytes)?)
+    }
+
+    fn links(&self) -> Vec<Link> {
+        self.shared.peers.links(&self.shared)
+    }
+
+    fn movers(&self) -> Vec<Mover> {
+        let ucx = &self.shared.ucx;
+        vec![
+            Mover {
+                name: UCX.to_owned(),
+                usable: ucx.is_ok(),
+                detail: match ucx {
+                    Ok(ucx) => ucx.version().to_owned(),
+                    Err(reason) => reason.clone(),
+                },
+            },
+            Mover {
+                name: SCHEME.to_owned(),
+                usable: true,
+                detail: "built in".to_owned(),
+            },
+        ]
     }
 }
 

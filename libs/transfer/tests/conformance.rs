@@ -12,10 +12,10 @@ use tokio::runtime::Runtime;
 use tokio::time::Instant;
 use transfer::memory::{copy_in, copy_out};
 use transfer::{
-    HostMemory, Keep, MemNetwork, RegionId, RemoteRegion, Slice, TcpTransport, TransferBatch, TransferError,
-    Transport, mem, tcp,
+    Keep, MemNetwork, RegionId, RemoteRegion, Slice, TcpTransport, TransferBatch, TransferError, Transport, mem,
+    tcp, ucx,
 };
-use types::{Epoch, ErrorCode};
+use types::{Epoch, ErrorCode, Memory};
 
 const BYTES: usize = 1 << 16;
 const CANARY: u8 = 0xa5;
@@ -24,28 +24,44 @@ const CANARY: u8 = 0xa5;
 enum Kind {
     Tcp,
     Mem,
+    /// Forced, so that a test never goes over TCP unnoticed.
+    Ucx,
+}
+
+/// Whether the library is here. Tests of UCX say that they skip where it is not.
+fn has(kind: Kind) -> bool {
+    let missing = match kind {
+        Kind::Tcp | Kind::Mem => None,
+        Kind::Ucx => ucx_sys::Library::load(None).err(),
+    };
+    if let Some(missing) = &missing {
+        eprintln!("skipped: {missing}");
+    }
+    missing.is_none()
 }
 
 /// Two transports that reach each other, each with one region.
 struct Pair {
     near: Arc<dyn Transport>,
-    near_memory: Arc<HostMemory>,
+    near_memory: Arc<dyn Memory>,
     near_region: RegionId,
     far: Arc<dyn Transport>,
-    far_memory: Arc<HostMemory>,
+    far_memory: Arc<dyn Memory>,
     far_region: RegionId,
 }
 
 impl Pair {
     async fn new(kind: Kind) -> Self {
         let (near, far): (Arc<dyn Transport>, Arc<dyn Transport>) = match kind {
-            Kind::Tcp => (bind().await, bind().await),
+            Kind::Tcp => (bind(ucx::Choice::Tcp).await, bind(ucx::Choice::Tcp).await),
+            Kind::Ucx => (bind(ucx::Choice::Ucx).await, bind(ucx::Choice::Ucx).await),
             Kind::Mem => {
                 let network = MemNetwork::new(7, mem::Faults::default());
                 (network.join("near", Epoch(5)), network.join("far", Epoch(5)))
             }
         };
-        let (near_memory, far_memory) = (filled(|i| (i * 31 + i / 251) as u8), filled(|_| CANARY));
+        let near_memory = filled(&near, |i| (i * 31 + i / 251) as u8);
+        let far_memory = filled(&far, |_| CANARY);
         Self {
             near_region: near.register(near_memory.clone()).unwrap(),
             far_region: far.register(far_memory.clone()).unwrap(),
@@ -77,24 +93,28 @@ impl Pair {
     }
 }
 
-async fn bind() -> Arc<TcpTransport> {
+async fn bind(choice: ucx::Choice) -> Arc<TcpTransport> {
     // Small parts, so that batches of the tests are split over the connections.
     let config = tcp::Config {
         part_bytes: 1000.try_into().unwrap(),
+        ucx: ucx::Config {
+            choice,
+            ..ucx::Config::default()
+        },
         ..tcp::Config::default()
     };
     let address = "127.0.0.1:0".parse().unwrap();
     TcpTransport::bind(address, Epoch(5), config).await.unwrap()
 }
 
-fn filled(byte: impl Fn(usize) -> u8) -> Arc<HostMemory> {
-    let memory = HostMemory::allocate(BYTES).unwrap();
+fn filled(transport: &Arc<dyn Transport>, byte: impl Fn(usize) -> u8) -> Arc<dyn Memory> {
+    let memory = transport.allocate(BYTES).unwrap();
     let bytes: Vec<u8> = (0..BYTES).map(byte).collect();
     copy_in(&*memory, 0, &bytes).unwrap();
     memory
 }
 
-fn all(memory: &HostMemory) -> Vec<u8> {
+fn all(memory: &dyn Memory) -> Vec<u8> {
     copy_out(memory, 0, BYTES).unwrap()
 }
 
@@ -132,6 +152,9 @@ fn disjoint_slices() -> impl Strategy<Value = Vec<Slice>> {
 }
 
 fn property_of(kind: Kind, direction: fn(Slice) -> Slice, check: impl AsyncFn(&Pair, Vec<Slice>)) {
+    if !has(kind) {
+        return;
+    }
     let runtime = Runtime::new().unwrap();
     let config = ProptestConfig {
         cases: 48,
@@ -140,19 +163,22 @@ fn property_of(kind: Kind, direction: fn(Slice) -> Slice, check: impl AsyncFn(&P
     };
     proptest!(config, |(slices in disjoint_slices())| {
         runtime.block_on(async {
-            let pair = Pair::new(kind).await;
+            if !has(kind) {
+        return;
+    }
+    let pair = Pair::new(kind).await;
             check(&pair, slices.into_iter().map(direction).collect()).await;
         });
     });
 }
 
 #[rstest]
-fn a_write_lands_exactly_and_touches_nothing_else(#[values(Kind::Tcp, Kind::Mem)] kind: Kind) {
+fn a_write_lands_exactly_and_touches_nothing_else(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
     property_of(
         kind,
         |slice| slice,
         async |pair, slices| {
-            let source = all(&pair.near_memory);
+            let source = all(&*pair.near_memory);
             let mut expected = vec![CANARY; BYTES];
             for slice in &slices {
                 let (from, to, len) = (
@@ -169,19 +195,19 @@ fn a_write_lands_exactly_and_touches_nothing_else(#[values(Kind::Tcp, Kind::Mem)
             let bytes: u64 = slices.iter().map(|slice| slice.len).sum();
             let done = pair.near.write(pair.batch(&grant, slices), soon()).await.unwrap();
             assert_eq!(done.bytes, bytes);
-            assert!(all(&pair.far_memory) == expected);
-            assert!(all(&pair.near_memory) == source);
+            assert!(all(&*pair.far_memory) == expected);
+            assert!(all(&*pair.near_memory) == source);
         },
     );
 }
 
 #[rstest]
-fn a_read_fetches_exactly_and_touches_nothing_else(#[values(Kind::Tcp, Kind::Mem)] kind: Kind) {
+fn a_read_fetches_exactly_and_touches_nothing_else(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
     let flipped = |s: Slice| slice(s.remote_offset, s.local_offset, s.len);
     property_of(kind, flipped, async |pair, slices| {
         let source: Vec<u8> = (0..BYTES).map(|i| (i * 7 + i / 13) as u8).collect();
         copy_in(&*pair.far_memory, 0, &source).unwrap();
-        let mut expected = all(&pair.near_memory);
+        let mut expected = all(&*pair.near_memory);
         for slice in &slices {
             let (to, from, len) = (
                 slice.local_offset as usize,
@@ -192,15 +218,18 @@ fn a_read_fetches_exactly_and_touches_nothing_else(#[values(Kind::Tcp, Kind::Mem
         }
         let exposed = pair.far.expose_read(pair.far_region).unwrap();
         pair.read(&exposed, slices).await.unwrap();
-        assert!(all(&pair.near_memory) == expected);
-        assert!(all(&pair.far_memory) == source);
+        assert!(all(&*pair.near_memory) == expected);
+        assert!(all(&*pair.far_memory) == source);
     });
 }
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn concurrent_batches_do_not_mix(#[values(Kind::Tcp, Kind::Mem)] kind: Kind) {
+async fn concurrent_batches_do_not_mix(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
     const WRITERS: u64 = 16;
+    if !has(kind) {
+        return;
+    }
     let pair = Arc::new(Pair::new(kind).await);
     let grant = pair
         .far
@@ -222,7 +251,7 @@ async fn concurrent_batches_do_not_mix(#[values(Kind::Tcp, Kind::Mem)] kind: Kin
     for task in tasks {
         task.await.unwrap();
     }
-    assert!(all(&pair.far_memory) == all(&pair.near_memory));
+    assert!(all(&*pair.far_memory) == all(&*pair.near_memory));
     assert_eq!(pair.near.stats().batches, WRITERS * 16);
     assert_eq!(pair.near.stats().written_bytes, BYTES as u64);
     assert_eq!(pair.far.stats().received_bytes, BYTES as u64);
@@ -231,7 +260,10 @@ async fn concurrent_batches_do_not_mix(#[values(Kind::Tcp, Kind::Mem)] kind: Kin
 
 #[rstest]
 #[tokio::test]
-async fn what_is_not_granted_is_refused_as_a_whole(#[values(Kind::Tcp, Kind::Mem)] kind: Kind) {
+async fn what_is_not_granted_is_refused_as_a_whole(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+    if !has(kind) {
+        return;
+    }
     let pair = Pair::new(kind).await;
     let grant = pair
         .far
@@ -256,11 +288,11 @@ async fn what_is_not_granted_is_refused_as_a_whole(#[values(Kind::Tcp, Kind::Mem
         let error = pair.write(&grant, slices).await.unwrap_err();
         match kind {
             // A batch that is split is refused part by part.
-            Kind::Tcp => assert!(matches!(error, TransferError::OutOfRange { .. }), "{error}"),
+            Kind::Tcp | Kind::Ucx => assert!(matches!(error, TransferError::OutOfRange { .. }), "{error}"),
             Kind::Mem => assert_eq!(error, expected),
         }
     }
-    assert!(all(&pair.far_memory)[300..].iter().all(|byte| *byte == CANARY));
+    assert!(all(&*pair.far_memory)[300..].iter().all(|byte| *byte == CANARY));
     pair.write(&grant, vec![slice(0, 100, 200), slice(0, 400, 100)])
         .await
         .unwrap();
@@ -269,7 +301,10 @@ async fn what_is_not_granted_is_refused_as_a_whole(#[values(Kind::Tcp, Kind::Mem
 
 #[rstest]
 #[tokio::test]
-async fn a_right_ends_when_it_is_revoked(#[values(Kind::Tcp, Kind::Mem)] kind: Kind) {
+async fn a_right_ends_when_it_is_revoked(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+    if !has(kind) {
+        return;
+    }
     let pair = Pair::new(kind).await;
     let grant = pair.far.grant_write(pair.far_region, vec![0..100]).unwrap();
     let exposed = pair.far.expose_read(pair.far_region).unwrap();
@@ -278,18 +313,21 @@ async fn a_right_ends_when_it_is_revoked(#[values(Kind::Tcp, Kind::Mem)] kind: K
     pair.read(&exposed, one()).await.unwrap();
     pair.far.revoke(&grant).await;
     pair.far.revoke(&exposed).await;
-    let before = all(&pair.far_memory);
+    let before = all(&*pair.far_memory);
     for refused in [pair.write(&grant, one()).await, pair.read(&exposed, one()).await] {
         let error = refused.unwrap_err();
         assert!(matches!(error, TransferError::UnknownKey { .. }), "{error}");
     }
-    assert!(all(&pair.far_memory) == before);
+    assert!(all(&*pair.far_memory) == before);
     pair.far.revoke(&grant).await;
 }
 
 #[rstest]
 #[tokio::test]
-async fn a_right_is_for_one_direction_and_one_epoch(#[values(Kind::Tcp, Kind::Mem)] kind: Kind) {
+async fn a_right_is_for_one_direction_and_one_epoch(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+    if !has(kind) {
+        return;
+    }
     let pair = Pair::new(kind).await;
     let grant = pair.far.grant_write(pair.far_region, vec![0..100]).unwrap();
     let exposed = pair.far.expose_read(pair.far_region).unwrap();
@@ -315,7 +353,10 @@ async fn a_right_is_for_one_direction_and_one_epoch(#[values(Kind::Tcp, Kind::Me
 
 #[rstest]
 #[tokio::test]
-async fn local_mistakes_are_refused_before_anything_is_sent(#[values(Kind::Tcp, Kind::Mem)] kind: Kind) {
+async fn local_mistakes_are_refused_before_anything_is_sent(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+    if !has(kind) {
+        return;
+    }
     let pair = Pair::new(kind).await;
     let grant = pair.far.grant_write(pair.far_region, vec![0..100]).unwrap();
     for (offset, len) in [(BYTES as u64, 1), (u64::MAX, 2), (0, u64::MAX)] {
@@ -339,12 +380,15 @@ async fn local_mistakes_are_refused_before_anything_is_sent(#[values(Kind::Tcp, 
     let unknown = pair.write(&grant, vec![slice(0, 0, 1)]).await.unwrap_err();
     assert_eq!(unknown.code(), ErrorCode::NotFound);
     assert_eq!(pair.far.stats().connections_accepted, 0);
-    assert!(all(&pair.far_memory).iter().all(|byte| *byte == CANARY));
+    assert!(all(&*pair.far_memory).iter().all(|byte| *byte == CANARY));
 }
 
 #[rstest]
 #[tokio::test]
-async fn unregistering_revokes(#[values(Kind::Tcp, Kind::Mem)] kind: Kind) {
+async fn unregistering_revokes(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+    if !has(kind) {
+        return;
+    }
     let pair = Pair::new(kind).await;
     let grant = pair.far.grant_write(pair.far_region, vec![0..100]).unwrap();
     pair.far.unregister(pair.far_region).await;
@@ -354,7 +398,10 @@ async fn unregistering_revokes(#[values(Kind::Tcp, Kind::Mem)] kind: Kind) {
 
 #[rstest]
 #[tokio::test]
-async fn a_flush_waits_for_the_writes_before_it(#[values(Kind::Tcp, Kind::Mem)] kind: Kind) {
+async fn a_flush_waits_for_the_writes_before_it(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+    if !has(kind) {
+        return;
+    }
     let pair = Pair::new(kind).await;
     let grant = pair
         .far
@@ -367,7 +414,7 @@ async fn a_flush_waits_for_the_writes_before_it(#[values(Kind::Tcp, Kind::Mem)] 
         })
         .collect();
     pair.near.flush(&pair.far.endpoint(), soon()).await.unwrap();
-    assert!(all(&pair.far_memory) == all(&pair.near_memory));
+    assert!(all(&*pair.far_memory) == all(&*pair.near_memory));
     for write in writes {
         write.await.unwrap().unwrap();
     }

@@ -2,25 +2,36 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, TryStreamExt, stream as streams};
+use prost::Message;
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
-use types::{Epoch, Memory};
+use types::{Epoch, Memory, MemoryKind};
 
+use super::link::{Link, Pull};
+use super::linking::{self, Linking};
+use super::messages::{self, Exposure, Source, Visit};
 use super::stream;
-use super::wire::{self, ANSWER_HEAD_BYTES, AnswerHead, Operation, PAYLOAD_BYTES_MAX, RequestHead, Status};
-use super::{SCHEME, Shared};
+use super::wire::{
+    self, ANSWER_HEAD_BYTES, AnswerHead, EXTRA_BYTES_MAX, Operation, PAYLOAD_BYTES_MAX, RequestHead, Status,
+};
+use super::{SCHEME, Shared, UCX};
 use crate::TransferError;
 use crate::barrier::Barrier;
 use crate::cursor::Cursor;
 use crate::split::{Limits, Part, split};
-use crate::transport::{RemoteRegion, Slice, TransferBatch, TransferStats, check_batch};
+use crate::stats::Stats;
+use crate::transport::{Keep, RemoteRegion, Slice, TransferBatch, TransferStats, check_batch};
+use crate::ucx::{Choice, UcxError};
+
+/// A request over UCX is cheap beside its bytes, and a large one can be shared by the peer's threads.
+const UCX_PART_BYTES: u64 = 8 << 20;
 
 /// Peers by endpoint.
 #[derive(Default)]
@@ -29,8 +40,10 @@ pub(super) struct Peers {
 }
 
 /// The connections to one peer.
-struct Peer {
-    endpoint: String,
+pub(super) struct Peer {
+    pub(super) endpoint: String,
+    /// Whether UCX moves payloads.
+    pub(super) linking: Linking,
     /// `host:port`.
     address: String,
     /// One per connection, idle or not.
@@ -42,10 +55,13 @@ struct Peer {
     /// Cancelled by `tear_down`, which puts a new one in its place, and when the transport closes.
     torn_down: Mutex<CancellationToken>,
     requests: AtomicU64,
+    written_bytes: AtomicU64,
+    read_bytes: AtomicU64,
+    failures: AtomicU64,
 }
 
 /// A connection in use. Unless given back it is reset, because a request may be half way through it.
-struct Connection {
+pub(super) struct Connection {
     peer: Arc<Peer>,
     stream: Option<TcpStream>,
     /// It served before, so the peer may have closed it meanwhile.
@@ -59,12 +75,16 @@ struct Connection {
 struct Job {
     peer: Arc<Peer>,
     memory: Arc<dyn Memory>,
+    /// `Write` or `Read`.
     operation: Operation,
     remote: RemoteRegion,
+    keep: Keep,
+    /// Whether some bytes went over TCP.
+    some_inline: AtomicBool,
 }
 
 /// One try of a request that came to nothing.
-enum Failure {
+pub(super) enum Failure {
     /// The connection broke.
     Connection(io::Error),
     /// Another connection would not help.
@@ -80,30 +100,54 @@ pub(super) fn transfer(
 ) -> BoxFuture<'static, Result<TransferStats, TransferError>> {
     let prepared = prepare(&shared, operation, &batch);
     // Taken now and not at the first poll: `flush` waits for what was called before it.
-    let ticket = match (&prepared, operation) {
-        (Ok(job), Operation::Write) => Some(job.peer.writes.begin()),
-        (Ok(_), Operation::Read) | (Err(_), _) => None,
-    };
+    let written_to = prepared.as_ref().ok().filter(|_| operation == Operation::Write);
+    let ticket = written_to.map(|job| job.peer.writes.begin());
     async move {
         let _ticket = ticket;
         let _in_flight = shared.stats.batches_in_flight.enter();
-        let result = match prepared {
-            Ok(job) => run(&shared, job, &batch.slices, deadline).await,
-            Err(error) => Err(error),
+        let (peer, result) = match prepared {
+            Ok(job) => (Some(job.peer.clone()), run(&shared, job, &batch.slices, deadline).await),
+            Err(error) => (None, Err(error)),
         };
-        match &result {
-            Ok(done) => {
-                shared.stats.batches.add(1);
-                match operation {
-                    Operation::Write => shared.stats.written_bytes.add(done.bytes),
-                    Operation::Read => shared.stats.read_bytes.add(done.bytes),
-                }
-            }
-            Err(error) => shared.stats.batch_failed(error.code()),
-        }
+        count(&shared.stats, peer.as_deref(), operation, &result);
         result
     }
     .boxed()
+}
+
+fn count(
+    stats: &Stats,
+    peer: Option<&Peer>,
+    operation: Operation,
+    result: &Result<TransferStats, TransferError>,
+) {
+    let done = match result {
+        Ok(done) => done,
+        Err(error) => {
+            stats.batch_failed(error.code());
+            if let Some(peer) = peer {
+                peer.failures.fetch_add(1, Relaxed);
+            }
+            return;
+        }
+    };
+    stats.batches.add(1);
+    let by_ucx = done.mover == UCX;
+    if by_ucx {
+        stats.ucx_batches.add(1);
+    }
+    let (all, ucx, of_peer) = if operation == Operation::Write {
+        (&stats.written_bytes, &stats.ucx_written_bytes, peer.map(|peer| &peer.written_bytes))
+    } else {
+        (&stats.read_bytes, &stats.ucx_read_bytes, peer.map(|peer| &peer.read_bytes))
+    };
+    all.add(done.bytes);
+    if by_ucx {
+        ucx.add(done.bytes);
+    }
+    if let Some(of_peer) = of_peer {
+        of_peer.fetch_add(done.bytes, Relaxed);
+    }
 }
 
 /// Waits for writes to the endpoint; see [`crate::Transport::flush`].
@@ -135,6 +179,8 @@ fn prepare(shared: &Shared, operation: Operation, batch: &TransferBatch) -> Resu
         memory,
         operation,
         remote: batch.remote.clone(),
+        keep: batch.keep.clone(),
+        some_inline: AtomicBool::new(false),
     })
 }
 
@@ -145,75 +191,124 @@ async fn run(
     deadline: Instant,
 ) -> Result<TransferStats, TransferError> {
     let begun = Instant::now();
-    let limits = Limits {
-        bytes: (shared.config.part_bytes.get() as u64).min(PAYLOAD_BYTES_MAX),
-        slices: wire::SLICES_MAX,
-    };
-    let parts = split(slices, limits);
-    let requests = parts.len() as u64;
-    let bytes = parts.iter().map(|part| part.bytes).sum();
     let endpoint = job.peer.endpoint.clone();
     let torn_down = job.peer.torn_down().clone();
-    let job = Arc::new(job);
-    // All in this task, so that dropping the future stops all of them at once.
-    let requesting = streams::iter(parts.into_iter().map(Ok)).try_for_each_concurrent(
-        shared.config.connections_per_peer.get(),
-        |part| {
-            let (shared, job) = (shared.clone(), job.clone());
-            async move { request(&shared, &job, &part).await }
-        },
-    );
-    match timeout_at(deadline, torn_down.run_until_cancelled(requesting)).await {
+    // All in this task, so that dropping the future stops all of it at once.
+    let moving = torn_down.run_until_cancelled(requests(shared, &job, slices));
+    match timeout_at(deadline, moving).await {
         Err(_) => Err(TransferError::Timeout { endpoint }),
         Ok(None) if shared.closed.is_cancelled() => Err(TransferError::Closed),
         Ok(None) => Err(TransferError::ConnectionLost {
             endpoint,
             reason: "torn down".into(),
         }),
-        Ok(Some(result)) => result.map(|()| TransferStats {
+        Ok(Some(Err(error))) => Err(error),
+        Ok(Some(Ok((requests, bytes)))) => Ok(TransferStats {
             bytes,
             requests,
             elapsed: begun.elapsed(),
-            mover: SCHEME,
+            mover: if job.some_inline.load(Relaxed) { SCHEME } else { UCX },
         }),
     }
 }
 
-/// Carries out one request. It is tried once more if it failed on a connection that had served before:
-/// most likely the peer closed that one, and a request that is repeated puts the same bytes at the same place.
-async fn request(shared: &Shared, job: &Job, part: &Part) -> Result<(), TransferError> {
-    let local = part.slices.iter().map(|slice| (slice.local_offset, slice.len));
-    let mut cursor =
-        Cursor::new(job.memory.clone(), local).map_err(|(offset, len)| TransferError::OutOfBounds {
-            offset,
-            len,
-            region_bytes: job.memory.len() as u64,
-        })?;
+/// Carries the batch out and says in how many requests, and how many bytes it had.
+async fn requests(shared: &Arc<Shared>, job: &Job, slices: &[Slice]) -> Result<(u64, u64), TransferError> {
+    let link = linking::link(shared, &job.peer, &job.memory).await;
+    let link = link.map_err(|error| TransferError::Ucx {
+        endpoint: job.peer.endpoint.clone(),
+        reason: error.to_string(),
+    })?;
+    let part_bytes = match &link {
+        None => shared.config.part_bytes.get() as u64,
+        Some(_) => (shared.config.part_bytes.get() as u64).max(UCX_PART_BYTES),
+    };
+    let limits = Limits {
+        bytes: part_bytes.min(PAYLOAD_BYTES_MAX),
+        slices: wire::SLICES_MAX,
+    };
+    let parts = split(slices, limits);
+    let requests = parts.len() as u64;
+    let bytes = parts.iter().map(|part| part.bytes).sum();
+    streams::iter(parts.iter().map(Ok))
+        .try_for_each_concurrent(shared.config.connections_per_peer.get(), |part| {
+            request(shared, job, link.as_ref(), part)
+        })
+        .await?;
+    Ok((requests, bytes))
+}
+
+/// How a part goes.
+enum Way {
+    Inline,
+    Ucx(Arc<Link>),
+}
+
+/// Carries out one request, through UCX where there is a link, inline where there is none or it breaks.
+async fn request(
+    shared: &Shared,
+    job: &Job,
+    link: Option<&Arc<Link>>,
+    part: &Part,
+) -> Result<(), TransferError> {
+    if let Some(link) = link {
+        match request_on(shared, job, &Way::Ucx(link.clone()), part).await? {
+            Answered::Done => return Ok(()),
+            Answered::Broken(why) => {
+                job.peer.linking.broke(link, &why);
+                if shared.config.ucx.choice == Choice::Ucx || job.memory.kind() != MemoryKind::Host {
+                    return Err(TransferError::Ucx {
+                        endpoint: job.remote.endpoint.clone(),
+                        reason: why,
+                    });
+                }
+            }
+        }
+    }
+    job.some_inline.store(true, Relaxed);
+    match request_on(shared, job, &Way::Inline, part).await? {
+        Answered::Done => Ok(()),
+        Answered::Broken(reason) => Err(TransferError::Protocol {
+            endpoint: job.remote.endpoint.clone(),
+            reason,
+        }),
+    }
+}
+
+/// How a request that was not refused ended.
+enum Answered {
+    Done,
+    /// The link does not work. Nothing is on its way.
+    Broken(String),
+}
+
+/// It is tried once more if it failed on a connection that had served before: most likely the peer closed that one,
+/// and a request that is repeated puts the same bytes at the same place.
+async fn request_on(shared: &Shared, job: &Job, way: &Way, part: &Part) -> Result<Answered, TransferError> {
     let remote = &job.remote;
     let mut tries_left = 2;
     loop {
         tries_left -= 1;
         let connection = job.peer.connection(shared).await?;
-        let head = RequestHead {
-            operation: job.operation,
-            id: job.peer.requests.fetch_add(1, Relaxed),
-            epoch: remote.epoch.0,
-            key: remote.key,
-            payload_bytes: part.bytes,
-            slices: u32::try_from(part.slices.len()).expect("`split` keeps to SLICES_MAX"),
-        };
-        let tried = match &connection.stream {
-            Some(stream) => exchange(stream, &head, &part.slices, &mut cursor, remote).await,
-            None => Err(Failure::Connection(io::ErrorKind::NotConnected.into())),
-        };
-        match tried {
-            Ok(status) => {
-                connection.give_back();
-                return done_or_refused(status, remote, &part.slices);
+        let tried = match way {
+            Way::Inline => {
+                let mut cursor = job.cursor(part)?;
+                let head = job.head(job.operation, part, 0);
+                exchange(connection.stream()?, &head, &part.slices, &mut cursor, remote)
+                    .await
+                    .map(|status| (status, Vec::new()))
             }
+            Way::Ucx(link) => {
+                let (operation, extra) = job.by_ucx(shared, link, part)?;
+                let extra_bytes = u32::try_from(extra.len()).unwrap_or(u32::MAX);
+                ask(&connection, &job.head(operation, part, extra_bytes), &part.slices, &extra).await
+            }
+        };
+        let (status, answer) = match tried {
+            Ok(answered) => answered,
             Err(Failure::Connection(_)) if connection.reused && tries_left > 0 => {
                 job.peer.forget_idle();
-                cursor.rewind();
+                continue;
             }
             Err(Failure::Connection(error)) => {
                 return Err(TransferError::ConnectionLost {
@@ -222,11 +317,113 @@ async fn request(shared: &Shared, job: &Job, part: &Part) -> Result<(), Transfer
                 });
             }
             Err(Failure::Final(error)) => return Err(error),
-        }
+        };
+        connection.give_back();
+        return match (way, status) {
+            (Way::Ucx(_), Status::NoLink) => Ok(Answered::Broken("the peer has no such link".into())),
+            (Way::Ucx(_), Status::NotMoved) => Ok(Answered::Broken("UCX failed at the peer".into())),
+            (Way::Ucx(link), Status::Done) if job.operation == Operation::Read => {
+                Ok(match job.visit(link, &answer, part).await {
+                    Ok(()) => Answered::Done,
+                    Err(error) => Answered::Broken(error.to_string()),
+                })
+            }
+            (Way::Inline | Way::Ucx(_), status) => {
+                done_or_refused(status, remote, &part.slices).map(|()| Answered::Done)
+            }
+        };
     }
 }
 
-/// Sends a request and takes its answer, to the last byte of both.
+impl Job {
+    fn head(&self, operation: Operation, part: &Part, extra_bytes: u32) -> RequestHead {
+        RequestHead {
+            operation,
+            id: self.peer.next_request(),
+            epoch: self.remote.epoch.0,
+            key: self.remote.key,
+            payload_bytes: part.bytes,
+            slices: u32::try_from(part.slices.len()).expect("`split` keeps to SLICES_MAX"),
+            extra_bytes,
+        }
+    }
+
+    fn cursor(&self, part: &Part) -> Result<Cursor, TransferError> {
+        if self.memory.kind() != MemoryKind::Host {
+            let kind = self.memory.kind();
+            return Err(TransferError::UnsupportedMemory { kind });
+        }
+        let local = part.slices.iter().map(|slice| (slice.local_offset, slice.len));
+        Cursor::new(self.memory.clone(), local).map_err(|(offset, len)| TransferError::OutOfBounds {
+            offset,
+            len,
+            region_bytes: self.memory.len() as u64,
+        })
+    }
+
+    /// What asks for the part through UCX.
+    fn by_ucx(&self, shared: &Shared, link: &Link, part: &Part) -> Result<(Operation, Vec<u8>), TransferError> {
+        let failed = |reason: String| TransferError::Ucx {
+            endpoint: self.remote.endpoint.clone(),
+            reason,
+        };
+        if self.operation == Operation::Read {
+            return Ok((Operation::Admit, Visit { link: link.id }.encode_to_vec()));
+        }
+        let ucx = shared.ucx.as_ref().map_err(|reason| failed(reason.clone()))?;
+        let exposed = ucx.expose(&self.memory).map_err(|error| failed(error.to_string()))?;
+        let source = Source {
+            link: link.id,
+            memory: Some(exposed.into()),
+            offsets: part.slices.iter().map(|slice| slice.local_offset).collect(),
+        };
+        if !messages::fits(&source) {
+            return Err(failed("a request with too many slices for UCX".to_owned()));
+        }
+        Ok((Operation::Fetch, source.encode_to_vec()))
+    }
+
+    /// Reads bytes of the peer, which has admitted it.
+    async fn visit(&self, link: &Link, answer: &[u8], part: &Part) -> Result<(), UcxError> {
+        let exposure: Exposure = messages::read(answer).map_err(|error| UcxError::new(error.to_string()))?;
+        let window = link.window(&exposure.into()).await?;
+        let run = |slice: &Slice| (slice.remote_offset, slice.local_offset, slice.len);
+        let runs: Vec<_> = part.slices.iter().map(run).collect();
+        let pull = Pull {
+            window: &window,
+            memory: &self.memory,
+            runs: &runs,
+            grant: None,
+            keep: self.keep.clone(),
+        };
+        link.pull(pull, || false).await.map(drop)
+    }
+}
+
+/// Sends a request, and takes an answer with what follows it. For requests whose payload is not inline.
+pub(super) async fn ask(
+    connection: &Connection,
+    head: &RequestHead,
+    slices: &[Slice],
+    extra: &[u8],
+) -> Result<(Status, Vec<u8>), Failure> {
+    let stream = connection.stream().map_err(Failure::Final)?;
+    let table = slices.iter().map(|slice| (slice.remote_offset, slice.len));
+    stream::send_head(stream, &head.encode(table, extra)).await?;
+    let answer = receive_answer(stream, head, &connection.peer.endpoint).await?;
+    let follows = usize::try_from(answer.payload_bytes).unwrap_or(usize::MAX);
+    if follows > EXTRA_BYTES_MAX {
+        return Err(violation(
+            &connection.peer.endpoint,
+            format!("{follows} bytes follow an answer, more than {EXTRA_BYTES_MAX}"),
+        ));
+    }
+    let mut behind = vec![0; follows];
+    stream::receive_exact(stream, &mut behind).await?;
+    Ok((answer.status, behind))
+}
+
+/// Sends a request, and takes its answer, to the last byte of both.
 async fn exchange(
     stream: &TcpStream,
     head: &RequestHead,
@@ -235,42 +432,47 @@ async fn exchange(
     remote: &RemoteRegion,
 ) -> Result<Status, Failure> {
     let table = slices.iter().map(|slice| (slice.remote_offset, slice.len));
-    let request = head.encode(table);
-    match head.operation {
-        Operation::Write => {
-            stream::send(stream, &request, cursor, None).await?;
-        }
-        Operation::Read => stream::send_head(stream, &request).await?,
+    let request = head.encode(table, &[]);
+    if head.operation == Operation::Write {
+        stream::send(stream, &request, cursor, None).await?;
+    } else {
+        stream::send_head(stream, &request).await?;
     }
-    let mut answer = [0; ANSWER_HEAD_BYTES];
-    stream::receive_exact(stream, &mut answer).await?;
-    let violation = |reason: String| {
-        Failure::Final(TransferError::Protocol {
-            endpoint: remote.endpoint.clone(),
-            reason,
-        })
-    };
-    let answer = AnswerHead::decode(&answer).map_err(|error| violation(error.to_string()))?;
-    if answer.id != head.id {
-        return Err(violation(format!(
-            "an answer to request {} instead of {}",
-            answer.id, head.id
-        )));
-    }
+    let answer = receive_answer(stream, head, &remote.endpoint).await?;
     let follows = match (head.operation, answer.status) {
         (Operation::Read, Status::Done) => head.payload_bytes,
         _ => 0,
     };
     if answer.payload_bytes != follows {
-        return Err(violation(format!(
-            "{} payload bytes instead of {follows}",
-            answer.payload_bytes
-        )));
+        return Err(violation(
+            &remote.endpoint,
+            format!("{} payload bytes instead of {follows}", answer.payload_bytes),
+        ));
     }
     if follows > 0 {
         stream::receive_payload(stream, cursor, None).await?;
     }
     Ok(answer.status)
+}
+
+async fn receive_answer(stream: &TcpStream, head: &RequestHead, endpoint: &str) -> Result<AnswerHead, Failure> {
+    let mut answer = [0; ANSWER_HEAD_BYTES];
+    stream::receive_exact(stream, &mut answer).await?;
+    let answer = AnswerHead::decode(&answer).map_err(|error| violation(endpoint, error.to_string()))?;
+    if answer.id != head.id {
+        return Err(violation(
+            endpoint,
+            format!("an answer to request {} instead of {}", answer.id, head.id),
+        ));
+    }
+    Ok(answer)
+}
+
+fn violation(endpoint: &str, reason: String) -> Failure {
+    Failure::Final(TransferError::Protocol {
+        endpoint: endpoint.to_owned(),
+        reason,
+    })
 }
 
 fn done_or_refused(status: Status, remote: &RemoteRegion, slices: &[Slice]) -> Result<(), TransferError> {
@@ -283,6 +485,10 @@ fn done_or_refused(status: Status, remote: &RemoteRegion, slices: &[Slice]) -> R
             endpoint,
             epoch: remote.epoch,
             current: Epoch(current),
+        },
+        Status::NoLink | Status::NotMoved => TransferError::Protocol {
+            endpoint,
+            reason: "an answer about UCX to a request without it".into(),
         },
         Status::OutOfRange { slice } => {
             let slice = usize::try_from(slice).ok().and_then(|slice| slices.get(slice));
@@ -329,6 +535,10 @@ impl Peers {
             writes: Arc::default(),
             torn_down: Mutex::new(shared.closed.child_token()),
             requests: AtomicU64::new(1),
+            written_bytes: AtomicU64::new(0),
+            read_bytes: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+            linking: Linking::default(),
         });
         peers.insert(endpoint.to_owned(), peer.clone());
         Ok(peer)
@@ -339,11 +549,20 @@ impl Peers {
             let renewed = shared.closed.child_token();
             std::mem::replace(&mut *peer.torn_down(), renewed).cancel();
             peer.forget_idle();
+            peer.linking.reset();
         }
     }
 
     pub(super) fn clear(&self) {
         self.map().clear();
+    }
+
+    /// How each peer is reached.
+    pub(super) fn links(&self, shared: &Shared) -> Vec<crate::Link> {
+        let peers: Vec<_> = self.map().values().cloned().collect();
+        let mut links: Vec<_> = peers.iter().map(|peer| peer.describe(shared)).collect();
+        links.sort_by(|a, b| a.endpoint.cmp(&b.endpoint));
+        links
     }
 
     fn map(&self) -> MutexGuard<'_, HashMap<String, Arc<Peer>>> {
@@ -352,8 +571,31 @@ impl Peers {
 }
 
 impl Peer {
+    fn describe(&self, shared: &Shared) -> crate::Link {
+        let (link, obstacle) = match &shared.ucx {
+            Ok(_) => self.linking.describe(),
+            Err(reason) => (None, reason.clone()),
+        };
+        let in_use = shared.config.connections_per_peer.get() - self.permits.available_permits();
+        crate::Link {
+            endpoint: self.endpoint.clone(),
+            mover: if link.is_some() { UCX } else { SCHEME }.to_owned(),
+            lanes: link.map(|link| link.lanes.clone()).unwrap_or_default(),
+            obstacle,
+            connections: (in_use + self.idle().len()) as u64,
+            written_bytes: self.written_bytes.load(Relaxed),
+            read_bytes: self.read_bytes.load(Relaxed),
+            failures: self.failures.load(Relaxed),
+        }
+    }
+
+    /// Numbers requests, so that answers can be told apart.
+    pub(super) fn next_request(&self) -> u64 {
+        self.requests.fetch_add(1, Relaxed)
+    }
+
     /// An idle connection, or a new one; waits while all that may be are in use.
-    async fn connection(self: &Arc<Self>, shared: &Shared) -> Result<Connection, TransferError> {
+    pub(super) async fn connection(self: &Arc<Self>, shared: &Shared) -> Result<Connection, TransferError> {
         let permit = self.permits.clone().acquire_owned().await;
         let _permit = permit.expect("the semaphore is never closed");
         let idle = self.take_idle();
@@ -414,7 +656,17 @@ impl Peer {
 }
 
 impl Connection {
-    fn give_back(mut self) {
+    /// Whether it served before, so that the peer may have closed it meanwhile.
+    pub(super) fn is_reused(&self) -> bool {
+        self.reused
+    }
+
+    fn stream(&self) -> Result<&TcpStream, TransferError> {
+        self.stream.as_ref().ok_or(TransferError::Closed)
+    }
+
+    /// For the next request. Only after the answer's last byte.
+    pub(super) fn give_back(mut self) {
         let mut idle = self.peer.idle();
         if !self.torn_down.is_cancelled()
             && let Some(stream) = self.stream.take()

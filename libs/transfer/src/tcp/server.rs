@@ -8,16 +8,21 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
-use types::ErrorCode;
+use prost::Message;
+use types::{ErrorCode, MemoryKind};
 
-use super::Shared;
 use super::stream::{self, Moved};
-use super::wire::{AnswerHead, Operation, REQUEST_HEAD_BYTES, RequestHead, Status, WireError};
+use super::{Shared, messages, served};
+use super::wire::{
+    AnswerHead, EXTRA_BYTES_MAX, Operation, REQUEST_HEAD_BYTES, RequestHead, SLICES_MAX, Status, TABLE_ENTRY_BYTES,
+    WireError,
+};
 use crate::cursor::Cursor;
 use crate::region::{Grant, Refused};
 
-/// What a connection holds besides its request: the slice table, or payload on its way to nowhere.
-const SCRATCH_BYTES: usize = 64 << 10;
+/// What a connection holds besides its request: the slice table, then what follows it, or payload on its way to nowhere.
+const SCRATCH_BYTES: usize = EXTRA_BYTES_MAX;
+const _: () = assert!(SLICES_MAX * TABLE_ENTRY_BYTES <= SCRATCH_BYTES);
 /// Between attempts to accept while the process is out of descriptors or the like.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -92,7 +97,7 @@ async fn serve(shared: Arc<Shared>, connection: TcpStream, peer: SocketAddr) {
 }
 
 /// Ends without an error when the peer closes between requests, or leaves the connection idle for too long.
-async fn serve_requests(shared: &Shared, connection: &TcpStream) -> Result<(), ServeError> {
+async fn serve_requests(shared: &Arc<Shared>, connection: &TcpStream) -> Result<(), ServeError> {
     stream::prepare(connection)?;
     let mut scratch = vec![0; SCRATCH_BYTES];
     loop {
@@ -113,7 +118,7 @@ async fn serve_requests(shared: &Shared, connection: &TcpStream) -> Result<(), S
 }
 
 async fn serve_request(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     connection: &TcpStream,
     head: &RequestHead,
     scratch: &mut [u8],
@@ -121,40 +126,104 @@ async fn serve_request(
     let table = &mut scratch[..head.table_bytes()];
     stream::receive_exact(connection, table).await?;
     let slices = head.decode_table(table)?;
-    let status = match (head.operation, admit(shared, head, &slices)) {
-        (Operation::Read, Ok((grant, mut cursor))) => {
-            let answer = answer(head, Status::Done, head.payload_bytes);
-            return match stream::send(connection, &answer, &mut cursor, Some(&grant)).await? {
-                Moved::All => {
-                    count(shared, head, Status::Done);
-                    Ok(())
-                }
-                // The answer's head said that the bytes follow, so only the cut can tell that they do not.
-                Moved::Revoked => Err(ServeError::Revoked),
-            };
+    let (status, answer_behind) = match head.operation {
+        Operation::Read => return serve_read(shared, connection, head, &slices).await,
+        Operation::Write => {
+            let status = receive_write(shared, connection, head, &slices, scratch).await?;
+            (status, Vec::new())
         }
-        (Operation::Read, Err(status)) => status,
-        (Operation::Write, Ok((grant, mut cursor))) => {
-            match stream::receive_payload(connection, &mut cursor, Some(&grant)).await? {
-                Moved::All => Status::Done,
-                Moved::Revoked => {
-                    stream::discard(connection, cursor.remaining(), scratch).await?;
-                    Status::UnknownKey
+        Operation::Introduce | Operation::Fetch | Operation::Admit => {
+            let extra = &mut scratch[..head.extra_bytes as usize];
+            stream::receive_exact(connection, extra).await?;
+            match head.operation {
+                Operation::Introduce => {
+                    let introduced = served::introduce(shared, messages::read(extra)?).await;
+                    (Status::Done, introduced.encode_to_vec())
+                }
+                Operation::Admit => served::admit(shared, head, &slices, &messages::read(extra)?),
+                Operation::Fetch | Operation::Read | Operation::Write => {
+                    let source = messages::read(extra)?;
+                    let gone = || stream::is_stale(connection);
+                    let status = served::fetch(shared, head, &slices, source, gone).await;
+                    (status, Vec::new())
                 }
             }
-        }
-        (Operation::Write, Err(status)) => {
-            stream::discard(connection, head.payload_bytes, scratch).await?;
-            status
         }
     };
     // Before the answer, so that who has it finds it counted.
     count(shared, head, status);
-    Ok(stream::send_head(connection, &answer(head, status, 0)).await?)
+    let mut whole = answer(head, status, answer_behind.len() as u64).to_vec();
+    whole.extend(answer_behind);
+    Ok(stream::send_head(connection, &whole).await?)
 }
 
-/// Finds what the request may move, or the status that refuses it.
-fn admit(shared: &Shared, head: &RequestHead, slices: &[(u64, u64)]) -> Result<(Arc<Grant>, Cursor), Status> {
+async fn serve_read(
+    shared: &Shared,
+    connection: &TcpStream,
+    head: &RequestHead,
+    slices: &[(u64, u64)],
+) -> Result<(), ServeError> {
+    let (grant, mut cursor) = match admit_inline(shared, head, slices) {
+        Ok(admitted) => admitted,
+        Err(status) => {
+            count(shared, head, status);
+            return Ok(stream::send_head(connection, &answer(head, status, 0)).await?);
+        }
+    };
+    let answer = answer(head, Status::Done, head.payload_bytes);
+    match stream::send(connection, &answer, &mut cursor, Some(&grant)).await? {
+        Moved::All => {
+            count(shared, head, Status::Done);
+            Ok(())
+        }
+        // The answer's head said that the bytes follow, so only the cut can tell that they do not.
+        Moved::Revoked => Err(ServeError::Revoked),
+    }
+}
+
+/// Takes the payload of a write to its last byte, wherever that goes.
+async fn receive_write(
+    shared: &Shared,
+    connection: &TcpStream,
+    head: &RequestHead,
+    slices: &[(u64, u64)],
+    scratch: &mut [u8],
+) -> Result<Status, ServeError> {
+    let (grant, mut cursor) = match admit_inline(shared, head, slices) {
+        Ok(admitted) => admitted,
+        Err(status) => {
+            stream::discard(connection, head.payload_bytes, scratch).await?;
+            return Ok(status);
+        }
+    };
+    Ok(
+        match stream::receive_payload(connection, &mut cursor, Some(&grant)).await? {
+            Moved::All => Status::Done,
+            Moved::Revoked => {
+                stream::discard(connection, cursor.remaining(), scratch).await?;
+                Status::UnknownKey
+            }
+        },
+    )
+}
+
+/// The same for payload that comes or goes over the connection.
+fn admit_inline(
+    shared: &Shared,
+    head: &RequestHead,
+    slices: &[(u64, u64)],
+) -> Result<(Arc<Grant>, Cursor), Status> {
+    let grant = admit(shared, head, slices)?;
+    if grant.memory().kind() != MemoryKind::Host {
+        return Err(Status::NotMoved);
+    }
+    let cursor = Cursor::new(grant.memory().clone(), slices.iter().copied())
+        .map_err(|_| Status::OutOfRange { slice: 0 })?;
+    Ok((grant, cursor))
+}
+
+/// Finds what the request may touch, or the status that refuses it.
+pub(super) fn admit(shared: &Shared, head: &RequestHead, slices: &[(u64, u64)]) -> Result<Arc<Grant>, Status> {
     if head.epoch != shared.epoch.0 {
         let current = shared.epoch.0;
         return Err(Status::StaleEpoch { current });
@@ -166,9 +235,7 @@ fn admit(shared: &Shared, head: &RequestHead, slices: &[(u64, u64)]) -> Result<(
             Refused::Denied => Status::Denied,
             Refused::OutOfRange { slice } => Status::OutOfRange { slice: slice as u64 },
         })?;
-    let cursor = Cursor::new(grant.memory().clone(), slices.iter().copied())
-        .map_err(|_| Status::OutOfRange { slice: 0 })?;
-    Ok((grant, cursor))
+    Ok(grant)
 }
 
 fn answer(head: &RequestHead, status: Status, payload_bytes: u64) -> [u8; super::wire::ANSWER_HEAD_BYTES] {
@@ -182,13 +249,29 @@ fn answer(head: &RequestHead, status: Status, payload_bytes: u64) -> [u8; super:
 }
 
 fn count(shared: &Shared, head: &RequestHead, status: Status) {
-    let refused = match (status, head.operation) {
-        (Status::Done, Operation::Write) => return shared.stats.received_bytes.add(head.payload_bytes),
-        (Status::Done, Operation::Read) => return shared.stats.served_bytes.add(head.payload_bytes),
-        (Status::UnknownKey, _) => ErrorCode::NotFound,
-        (Status::Denied, _) => ErrorCode::Denied,
-        (Status::StaleEpoch { .. }, _) => ErrorCode::Fenced,
-        (Status::OutOfRange { .. }, _) => ErrorCode::Invalid,
+    let (stats, bytes) = (&shared.stats, head.payload_bytes);
+    let refused = match status {
+        Status::Done => {
+            match head.operation {
+                Operation::Introduce => {}
+                Operation::Write => stats.received_bytes.add(bytes),
+                Operation::Read => stats.served_bytes.add(bytes),
+                Operation::Fetch => {
+                    stats.received_bytes.add(bytes);
+                    stats.ucx_received_bytes.add(bytes);
+                }
+                Operation::Admit => {
+                    stats.served_bytes.add(bytes);
+                    stats.ucx_served_bytes.add(bytes);
+                }
+            }
+            return;
+        }
+        Status::UnknownKey => ErrorCode::NotFound,
+        Status::Denied => ErrorCode::Denied,
+        Status::StaleEpoch { .. } => ErrorCode::Fenced,
+        Status::OutOfRange { .. } => ErrorCode::Invalid,
+        Status::NoLink | Status::NotMoved => ErrorCode::Unavailable,
     };
-    shared.stats.serve_failed(refused);
+    stats.serve_failed(refused);
 }

@@ -17,6 +17,17 @@ use crate::transport::Slice;
 
 const MIB: usize = 1 << 20;
 
+/// These tests are about bytes in the connection.
+fn inline() -> Config {
+    Config {
+        ucx: ucx::Config {
+            choice: Choice::Tcp,
+            ..ucx::Config::default()
+        },
+        ..Config::default()
+    }
+}
+
 async fn bind(config: Config) -> Arc<TcpTransport> {
     bind_at("127.0.0.1:0", Epoch(1), config).await
 }
@@ -84,8 +95,9 @@ fn request(operation: Operation, remote: &RemoteRegion, offset: u64, len: usize)
         key: remote.key,
         payload_bytes: len as u64,
         slices: 1,
+        extra_bytes: 0,
     };
-    head.encode([(offset, len as u64)])
+    head.encode([(offset, len as u64)], &[])
 }
 
 async fn answer(stream: &mut TcpStream) -> AnswerHead {
@@ -118,7 +130,7 @@ async fn fake_peer() -> (TcpListener, RemoteRegion) {
 async fn memory_never_changes_after_a_revocation_whatever_hammers_it() {
     const WRITERS: usize = 4;
     const ROUNDS: u64 = 24;
-    let (far, near) = (bind(Config::default()).await, bind(Config::default()).await);
+    let (far, near) = (bind(inline()).await, bind(inline()).await);
     let (far_region, far_memory) = register(&far, WRITERS * MIB);
     let nothing = far.grant_write(far_region, vec![]).unwrap();
     let grants = Arc::new(tokio::sync::watch::Sender::new(nothing));
@@ -175,7 +187,7 @@ async fn memory_never_changes_after_a_revocation_whatever_hammers_it() {
 
 #[tokio::test]
 async fn the_rest_of_a_payload_is_dropped_when_its_grant_is_revoked() {
-    let far = bind(Config::default()).await;
+    let far = bind(inline()).await;
     let (region, memory) = register(&far, MIB);
     let grant = far.grant_write(region, vec![0..MIB as u64]).unwrap();
     let mut writer = connect(&far).await;
@@ -207,7 +219,7 @@ async fn the_rest_of_a_payload_is_dropped_when_its_grant_is_revoked() {
 #[tokio::test]
 async fn a_read_whose_right_is_revoked_is_cut() {
     const BYTES: usize = 32 * MIB;
-    let far = bind(Config::default()).await;
+    let far = bind(inline()).await;
     let (region, _memory) = register(&far, BYTES);
     let exposed = far.expose_read(region).unwrap();
     let mut reader = connect(&far).await;
@@ -226,7 +238,7 @@ async fn a_read_whose_right_is_revoked_is_cut() {
 
 #[tokio::test]
 async fn a_peer_that_dies_in_the_middle_is_a_lost_connection() {
-    let near = bind(Config::default()).await;
+    let near = bind(inline()).await;
     let (region, _memory) = register(&near, 32 * MIB);
     let (listener, remote) = fake_peer().await;
     let peer = async {
@@ -248,7 +260,7 @@ async fn a_peer_that_dies_in_the_middle_is_a_lost_connection() {
 
 #[tokio::test]
 async fn a_peer_that_stalls_is_a_timeout_and_its_connection_is_cut() {
-    let near = bind(Config::default()).await;
+    let near = bind(inline()).await;
     let (region, _memory) = register(&near, 32 * MIB);
     let (listener, remote) = fake_peer().await;
     let begun = Instant::now();
@@ -261,7 +273,7 @@ async fn a_peer_that_stalls_is_a_timeout_and_its_connection_is_cut() {
         let batch = batch(region, &remote, 0, len);
         let transfer = match operation {
             Operation::Write => near.write(batch, shortly()),
-            Operation::Read => near.read(batch, shortly()),
+            _ => near.read(batch, shortly()),
         };
         let (result, accepted) = tokio::join!(transfer, listener.accept());
         assert_eq!(result.unwrap_err().code(), ErrorCode::Timeout);
@@ -278,7 +290,7 @@ async fn a_peer_that_stalls_is_a_timeout_and_its_connection_is_cut() {
 async fn a_writer_that_dies_or_stalls_in_the_middle_is_an_error_of_the_server() {
     let config = Config {
         request_timeout: Duration::from_millis(50),
-        ..Config::default()
+        ..inline()
     };
     let far = bind(config).await;
     let (region, memory) = register(&far, MIB);
@@ -305,9 +317,9 @@ async fn a_writer_that_dies_or_stalls_in_the_middle_is_an_error_of_the_server() 
 
 #[tokio::test]
 async fn a_restarted_peer_fences_the_grants_of_its_former_life() {
-    let near = bind(Config::default()).await;
+    let near = bind(inline()).await;
     let (near_region, _near_memory) = register(&near, 64);
-    let former = bind(Config::default()).await;
+    let former = bind(inline()).await;
     let (region, former_memory) = register(&former, 64);
     let old = former.grant_write(region, vec![0..64]).unwrap();
     near.write(batch(near_region, &old, 0, 64), soon()).await.unwrap();
@@ -315,7 +327,7 @@ async fn a_restarted_peer_fences_the_grants_of_its_former_life() {
     let address = address_of(&former.endpoint()).to_owned();
     copy_in(&*former_memory, 0, &[7; 64]).unwrap();
 
-    let latter = bind_at(&address, Epoch(2), Config::default()).await;
+    let latter = bind_at(&address, Epoch(2), inline()).await;
     let (region, memory) = register(&latter, 64);
     let new = latter.grant_write(region, vec![0..64]).unwrap();
     copy_in(&*memory, 0, &[8; 64]).unwrap();
@@ -336,7 +348,7 @@ async fn a_restarted_peer_fences_the_grants_of_its_former_life() {
 
 #[tokio::test]
 async fn connections_are_reused_and_bounded() {
-    let (far, near) = (bind(Config::default()).await, bind(Config::default()).await);
+    let (far, near) = (bind(inline()).await, bind(inline()).await);
     let (far_region, far_memory) = register(&far, 20 * MIB);
     let (region, memory) = register(&near, 20 * MIB);
     let pattern: Vec<u8> = (0..20 * MIB).map(|i| (i / 4096 + i) as u8).collect();
@@ -362,9 +374,9 @@ async fn connections_are_reused_and_bounded() {
 async fn an_idle_connection_that_the_peer_closed_is_replaced() {
     let config = Config {
         idle_timeout: Duration::from_millis(5),
-        ..Config::default()
+        ..inline()
     };
-    let (far, near) = (bind(config).await, bind(Config::default()).await);
+    let (far, near) = (bind(config).await, bind(inline()).await);
     let (far_region, _far_memory) = register(&far, 64);
     let (region, _memory) = register(&near, 64);
     let grant = far.grant_write(far_region, vec![0..64]).unwrap();
@@ -378,7 +390,7 @@ async fn an_idle_connection_that_the_peer_closed_is_replaced() {
 
 #[tokio::test]
 async fn a_request_is_repeated_once_when_a_used_connection_breaks_under_it() {
-    let near = bind(Config::default()).await;
+    let near = bind(inline()).await;
     let (region, _memory) = register(&near, 64);
     let (listener, remote) = fake_peer().await;
     let serve_one = async |stream: &mut TcpStream| {
@@ -412,7 +424,7 @@ async fn a_request_is_repeated_once_when_a_used_connection_breaks_under_it() {
 
 #[tokio::test]
 async fn tearing_down_cuts_what_is_in_flight_and_lets_the_next_connect() {
-    let near = bind(Config::default()).await;
+    let near = bind(inline()).await;
     let (region, _memory) = register(&near, 64);
     let (listener, remote) = fake_peer().await;
     for opened in 1..=2 {
@@ -431,7 +443,7 @@ async fn tearing_down_cuts_what_is_in_flight_and_lets_the_next_connect() {
 
 #[tokio::test]
 async fn closing_ends_everything_on_both_sides() {
-    let near = bind(Config::default()).await;
+    let near = bind(inline()).await;
     let (region, memory) = register(&near, 64);
     let own = near.grant_write(region, vec![0..64]).unwrap();
     let mut writer = connect(&near).await;
@@ -458,7 +470,7 @@ async fn closing_ends_everything_on_both_sides() {
 
 #[tokio::test]
 async fn dropping_the_transport_revokes_its_grants() {
-    let (far, near) = (bind(Config::default()).await, bind(Config::default()).await);
+    let (far, near) = (bind(inline()).await, bind(inline()).await);
     let (far_region, far_memory) = register(&far, 64);
     let (region, _memory) = register(&near, 64);
     let grant = far.grant_write(far_region, vec![0..64]).unwrap();
@@ -475,7 +487,7 @@ async fn dropping_the_transport_revokes_its_grants() {
 
 #[tokio::test]
 async fn a_write_that_is_dropped_half_way_is_cut() {
-    let near = bind(Config::default()).await;
+    let near = bind(inline()).await;
     let (region, _memory) = register(&near, 32 * MIB);
     let (listener, remote) = fake_peer().await;
     let mut write = near.write(batch(region, &remote, 0, 4 * MIB), soon());
@@ -498,7 +510,7 @@ async fn a_write_that_is_dropped_half_way_is_cut() {
 
 #[tokio::test]
 async fn answers_that_are_not_the_protocol_are_typed_errors() {
-    let near = bind(Config::default()).await;
+    let near = bind(inline()).await;
     let (region, _memory) = register(&near, 64);
     let head = |status, id, payload_bytes| {
         AnswerHead {
@@ -530,7 +542,7 @@ async fn answers_that_are_not_the_protocol_are_typed_errors() {
 #[tokio::test]
 async fn hostile_bytes_close_the_connection_and_nothing_else() {
     const BLOBS: u64 = 200;
-    let far = bind(Config::default()).await;
+    let far = bind(inline()).await;
     let (region, memory) = register(&far, 64);
     let grant = far.grant_write(region, vec![0..64]).unwrap();
     let mut random = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
@@ -551,7 +563,7 @@ async fn hostile_bytes_close_the_connection_and_nothing_else() {
     }
     eventually(|| far.stats().protocol_violations == BLOBS).await;
     assert_eq!(copy_out(&*memory, 0, 64).unwrap(), [0; 64]);
-    let near = bind(Config::default()).await;
+    let near = bind(inline()).await;
     let (region, memory) = register(&near, 64);
     copy_in(&*memory, 0, &[6; 64]).unwrap();
     near.write(batch(region, &grant, 0, 64), soon()).await.unwrap();
@@ -561,7 +573,7 @@ async fn hostile_bytes_close_the_connection_and_nothing_else() {
 async fn connections_beyond_the_bound_are_closed_at_once() {
     let config = Config {
         served_connections_max: 2.try_into().unwrap(),
-        ..Config::default()
+        ..inline()
     };
     let far = bind(config).await;
     let held = [connect(&far).await, connect(&far).await];
@@ -571,7 +583,7 @@ async fn connections_beyond_the_bound_are_closed_at_once() {
     drop(held);
     eventually(|| far.stats().connections_served == 0).await;
     let (far_region, _far_memory) = register(&far, 64);
-    let near = bind(Config::default()).await;
+    let near = bind(inline()).await;
     let (region, _memory) = register(&near, 64);
     let grant = far.grant_write(far_region, vec![0..64]).unwrap();
     near.write(batch(region, &grant, 0, 64), soon()).await.unwrap();
@@ -581,11 +593,11 @@ async fn connections_beyond_the_bound_are_closed_at_once() {
 async fn peers_without_transfers_give_way_when_the_table_is_full() {
     let config = Config {
         peers_max: 1.try_into().unwrap(),
-        ..Config::default()
+        ..inline()
     };
     let near = bind(config).await;
     let (region, _memory) = register(&near, 64);
-    let fars = [bind(Config::default()).await, bind(Config::default()).await];
+    let fars = [bind(inline()).await, bind(inline()).await];
     for far in &fars {
         let (far_region, _far_memory) = register(far, 64);
         let grant = far.grant_write(far_region, vec![0..64]).unwrap();
@@ -606,7 +618,7 @@ async fn peers_without_transfers_give_way_when_the_table_is_full() {
 async fn an_address_in_use_is_a_typed_error_and_the_host_can_be_announced() {
     let config = Config {
         advertise_host: Some("node-3.example".into()),
-        ..Config::default()
+        ..inline()
     };
     let first = bind(config).await;
     let endpoint = first.endpoint();

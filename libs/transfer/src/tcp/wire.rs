@@ -9,6 +9,8 @@ pub(crate) const PAYLOAD_BYTES_MAX: u64 = 1 << 26;
 pub(crate) const REQUEST_HEAD_BYTES: usize = 48;
 pub(crate) const ANSWER_HEAD_BYTES: usize = 32;
 pub(crate) const TABLE_ENTRY_BYTES: usize = 16;
+/// What follows the table, and what an answer says beside payload.
+pub(crate) const EXTRA_BYTES_MAX: usize = 64 << 10;
 
 const MAGIC: [u8; 4] = *b"PGXF";
 const VERSION: u8 = 1;
@@ -30,20 +32,58 @@ pub(crate) enum WireError {
     Payload(u64),
     #[error("an empty slice, or slices that do not add up to the payload")]
     Table,
+    #[error("{0} extra bytes, more than {EXTRA_BYTES_MAX} or not those of the operation")]
+    Extra(u32),
+    #[error("a message that cannot be read")]
+    Message,
 }
 
-/// The direction of a request, as its sender sees it.
+/// What a request asks for, as its sender sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Operation {
+    /// Put the payload that follows into your memory.
     Write,
+    /// Send me bytes of your memory.
     Read,
+    /// This is where UCX finds me; say where it finds you.
+    Introduce,
+    /// Put bytes of my memory into yours, through UCX.
+    Fetch,
+    /// Let me read bytes of your memory, through UCX.
+    Admit,
 }
 
 impl Operation {
+    const ALL: [Self; 5] = [Self::Write, Self::Read, Self::Introduce, Self::Fetch, Self::Admit];
+
+    fn number(self) -> u8 {
+        match self {
+            Self::Write => 1,
+            Self::Read => 2,
+            Self::Introduce => 3,
+            Self::Fetch => 4,
+            Self::Admit => 5,
+        }
+    }
+
+    /// Whether it names slices, and so moves bytes.
+    fn moves(self) -> bool {
+        self != Self::Introduce
+    }
+
+    /// Whether something follows the table.
+    fn has_extra(self) -> bool {
+        match self {
+            Self::Write | Self::Read => false,
+            Self::Introduce | Self::Fetch | Self::Admit => true,
+        }
+    }
+
     pub(crate) fn direction(self) -> Direction {
         match self {
-            Self::Write => Direction::Write,
-            Self::Read => Direction::Read,
+            Self::Write | Self::Fetch => Direction::Write,
+            // An introduction touches no memory.
+            Self::Read | Self::Admit | Self::Introduce => Direction::Read,
         }
     }
 }
@@ -56,6 +96,7 @@ pub(crate) struct RequestHead {
     pub(crate) key: u64,
     pub(crate) payload_bytes: u64,
     pub(crate) slices: u32,
+    pub(crate) extra_bytes: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +111,10 @@ pub(crate) enum Status {
     OutOfRange {
         slice: u64,
     },
+    /// There is no such link, or it broke: introduce yourself again.
+    NoLink,
+    /// UCX could not do it, and no byte of it is on its way.
+    NotMoved,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,37 +125,32 @@ pub(crate) struct AnswerHead {
 }
 
 impl RequestHead {
-    /// The head, and the table that belongs behind it.
-    pub(crate) fn encode(&self, table: impl IntoIterator<Item = (u64, u64)>) -> Vec<u8> {
-        let table_bytes = self.slices as usize * TABLE_ENTRY_BYTES;
-        let mut bytes = Vec::with_capacity(REQUEST_HEAD_BYTES + table_bytes);
+    /// The head, and what belongs behind it: the table, and `extra`.
+    pub(crate) fn encode(&self, table: impl IntoIterator<Item = (u64, u64)>, extra: &[u8]) -> Vec<u8> {
+        let behind = self.table_bytes() + extra.len();
+        let mut bytes = Vec::with_capacity(REQUEST_HEAD_BYTES + behind);
         bytes.extend(MAGIC);
         bytes.push(VERSION);
-        bytes.push(match self.operation {
-            Operation::Write => 1,
-            Operation::Read => 2,
-        });
+        bytes.push(self.operation.number());
         bytes.extend([0; 2]);
         bytes.extend(self.id.to_le_bytes());
         bytes.extend(self.epoch.to_le_bytes());
         bytes.extend(self.key.to_le_bytes());
         bytes.extend(self.payload_bytes.to_le_bytes());
         bytes.extend(self.slices.to_le_bytes());
-        bytes.extend([0; 4]);
+        bytes.extend(self.extra_bytes.to_le_bytes());
         for (offset, len) in table {
             bytes.extend(offset.to_le_bytes());
             bytes.extend(len.to_le_bytes());
         }
+        bytes.extend(extra);
         bytes
     }
 
     pub(crate) fn decode(bytes: &[u8; REQUEST_HEAD_BYTES]) -> Result<Self, WireError> {
         let kind = prelude(bytes)?;
-        let operation = match kind {
-            1 => Operation::Write,
-            2 => Operation::Read,
-            other => return Err(WireError::Kind(other)),
-        };
+        let operation = Operation::ALL.into_iter().find(|known| known.number() == kind);
+        let operation = operation.ok_or(WireError::Kind(kind))?;
         let head = Self {
             operation,
             id: u64_at(bytes, 8),
@@ -118,15 +158,16 @@ impl RequestHead {
             key: u64_at(bytes, 24),
             payload_bytes: u64_at(bytes, 32),
             slices: u64_at(bytes, 40) as u32,
+            extra_bytes: (u64_at(bytes, 40) >> 32) as u32,
         };
-        if u64_at(bytes, 40) >> 32 != 0 {
-            return Err(WireError::Reserved);
-        }
-        if head.slices == 0 || head.slices as usize > SLICES_MAX {
+        if (head.slices != 0) != operation.moves() || head.slices as usize > SLICES_MAX {
             return Err(WireError::Slices(head.slices));
         }
-        if head.payload_bytes == 0 || head.payload_bytes > PAYLOAD_BYTES_MAX {
+        if (head.payload_bytes != 0) != operation.moves() || head.payload_bytes > PAYLOAD_BYTES_MAX {
             return Err(WireError::Payload(head.payload_bytes));
+        }
+        if (head.extra_bytes != 0) != operation.has_extra() || head.extra_bytes as usize > EXTRA_BYTES_MAX {
+            return Err(WireError::Extra(head.extra_bytes));
         }
         Ok(head)
     }
@@ -164,6 +205,8 @@ impl AnswerHead {
             Status::Denied => (2, 0),
             Status::StaleEpoch { current } => (3, current),
             Status::OutOfRange { slice } => (4, slice),
+            Status::NoLink => (5, 0),
+            Status::NotMoved => (6, 0),
         };
         let mut bytes = [0; ANSWER_HEAD_BYTES];
         bytes[..4].copy_from_slice(&MAGIC);
@@ -183,6 +226,8 @@ impl AnswerHead {
             2 => Status::Denied,
             3 => Status::StaleEpoch { current: detail },
             4 => Status::OutOfRange { slice: detail },
+            5 => Status::NoLink,
+            6 => Status::NotMoved,
             other => return Err(WireError::Kind(other)),
         };
         Ok(Self {

@@ -3,17 +3,18 @@ use proptest::prelude::*;
 use super::*;
 
 fn head() -> impl Strategy<Value = RequestHead> {
-    let operation = prop_oneof![Just(Operation::Write), Just(Operation::Read)];
+    let operation = prop::sample::select(&Operation::ALL);
     let numbers = (any::<u64>(), any::<u64>(), any::<u64>());
-    let sizes = (1..=PAYLOAD_BYTES_MAX, 1..=SLICES_MAX as u32);
-    (operation, numbers, sizes).prop_map(|(operation, (id, epoch, key), (payload_bytes, slices))| {
+    let sizes = (1..=PAYLOAD_BYTES_MAX, 1..=SLICES_MAX as u32, 1..=EXTRA_BYTES_MAX as u32);
+    (operation, numbers, sizes).prop_map(|(operation, (id, epoch, key), (payload_bytes, slices, extra_bytes))| {
         RequestHead {
             operation,
             id,
             epoch,
             key,
-            payload_bytes,
-            slices,
+            payload_bytes: if operation.moves() { payload_bytes } else { 0 },
+            slices: if operation.moves() { slices } else { 0 },
+            extra_bytes: if operation.has_extra() { extra_bytes } else { 0 },
         }
     })
 }
@@ -25,13 +26,15 @@ fn status() -> impl Strategy<Value = Status> {
         Just(Status::Denied),
         any::<u64>().prop_map(|current| Status::StaleEpoch { current }),
         any::<u64>().prop_map(|slice| Status::OutOfRange { slice }),
+        Just(Status::NoLink),
+        Just(Status::NotMoved),
     ]
 }
 
 proptest! {
     #[test]
     fn a_request_head_survives_the_wire(head in head()) {
-        let bytes = head.encode([]);
+        let bytes = head.encode([], &[]);
         prop_assert_eq!(RequestHead::decode(bytes.as_slice().try_into().unwrap()), Ok(head));
     }
 
@@ -50,8 +53,9 @@ proptest! {
             key: 3,
             payload_bytes: table.iter().map(|(_, len)| len).sum(),
             slices: table.len() as u32,
+            extra_bytes: 0,
         };
-        let bytes = head.encode(table.iter().copied());
+        let bytes = head.encode(table.iter().copied(), &[]);
         prop_assert_eq!(head.decode_table(&bytes[REQUEST_HEAD_BYTES..]), Ok(table));
     }
 
@@ -80,8 +84,9 @@ fn lengths_beyond_the_bounds_are_refused() {
         key: 0,
         payload_bytes: 1,
         slices: 1,
+        extra_bytes: 0,
     };
-    let decode = |head: RequestHead| RequestHead::decode(head.encode([]).as_slice().try_into().unwrap());
+    let decode = |head: RequestHead| RequestHead::decode(head.encode([], &[]).as_slice().try_into().unwrap());
     for payload_bytes in [0, PAYLOAD_BYTES_MAX + 1, 1 << 60, u64::MAX] {
         let head = RequestHead {
             payload_bytes,
@@ -95,15 +100,23 @@ fn lengths_beyond_the_bounds_are_refused() {
             Err(WireError::Slices(slices))
         );
     }
+    for extra_bytes in [1, EXTRA_BYTES_MAX as u32 + 1] {
+        let head = RequestHead { extra_bytes, ..good };
+        assert_eq!(decode(head), Err(WireError::Extra(extra_bytes)));
+    }
+    for operation in [Operation::Fetch, Operation::Admit] {
+        let head = RequestHead { operation, ..good };
+        assert_eq!(decode(head), Err(WireError::Extra(0)), "it needs to name its link");
+    }
     for table in [(0, 0), (0, 2)] {
-        let bytes = good.encode([table]);
+        let bytes = good.encode([table], &[]);
         assert_eq!(
             good.decode_table(&bytes[REQUEST_HEAD_BYTES..]),
             Err(WireError::Table)
         );
     }
     let wraps = RequestHead { slices: 2, ..good };
-    let bytes = wraps.encode([(0, u64::MAX), (0, 2)]);
+    let bytes = wraps.encode([(0, u64::MAX), (0, 2)], &[]);
     assert_eq!(
         wraps.decode_table(&bytes[REQUEST_HEAD_BYTES..]),
         Err(WireError::Table)
@@ -120,11 +133,23 @@ fn the_bytes_are_as_specified() {
         key: 0x1122_3344_5566_7788,
         payload_bytes: 5,
         slices: 1,
+        extra_bytes: 0,
     };
     let mut expected = b"PGXF\x01\x02\0\0\x02\x01\0\0\0\0\0\0\x07\0\0\0\0\0\0\0".to_vec();
     expected.extend(b"\x88\x77\x66\x55\x44\x33\x22\x11\x05\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0");
     expected.extend(b"\x09\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0");
-    assert_eq!(head.encode([(9, 5)]), expected);
+    assert_eq!(head.encode([(9, 5)], &[]), expected);
+    let introduction = RequestHead {
+        operation: Operation::Introduce,
+        payload_bytes: 0,
+        slices: 0,
+        extra_bytes: 3,
+        ..head
+    };
+    expected.truncate(24);
+    expected[5] = 3;
+    expected.extend(b"\x88\x77\x66\x55\x44\x33\x22\x11\0\0\0\0\0\0\0\0\0\0\0\0\x03\0\0\0abc");
+    assert_eq!(introduction.encode([], b"abc"), expected);
     let answer = AnswerHead {
         status: Status::StaleEpoch { current: 9 },
         id: 3,

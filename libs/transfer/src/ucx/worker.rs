@@ -1,0 +1,646 @@
+//! Every call of the library, and the handles it gave out. All of it belongs to the driver's thread.
+//!
+//! Invariant: an operation that was begun ends in [`ended`], once, which frees its request; what it needs lives until
+//! then. An endpoint's error only sets a flag: the endpoint is closed from the loop, never from inside the library.
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::ffi::{CString, c_void};
+use std::mem::zeroed;
+use std::os::fd::RawFd;
+use std::ptr::{self, null, null_mut};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use ucx_sys::{Begun, Library};
+
+use super::driver::{Command, Connected, EndpointId, Mapped, MemoryId, Opened, Reply, Run, WindowId};
+use super::{UcxError, lanes};
+
+/// Allocation methods that give zeroed pages, those that peers can map first.
+const ZEROED_METHODS: &str = "md:sysv,md:posix,mmap";
+
+/// One context with one worker.
+pub(super) struct Worker {
+    memories: Memories,
+    worker: ucx_sys::ucp_worker_h,
+    event_descriptor: RawFd,
+    endpoints: HashMap<EndpointId, Endpoint>,
+    windows: HashMap<WindowId, (EndpointId, ucx_sys::ucp_rkey_h)>,
+    next_id: u64,
+    /// What ended inside the library, to be looked at outside of it.
+    ended: Rc<RefCell<VecDeque<Ended>>>,
+    /// Set when some endpoint failed.
+    some_failed: Rc<Cell<bool>>,
+}
+
+/// The context and the memory it knows. Outlives the worker where memory does.
+pub(super) struct Memories {
+    library: Arc<Library>,
+    context: ucx_sys::ucp_context_h,
+    mapped: HashMap<MemoryId, ucx_sys::ucp_mem_h>,
+}
+
+struct Endpoint {
+    handle: ucx_sys::ucp_ep_h,
+    /// At an address that the library knows.
+    state: Box<EndpointState>,
+    alive: Arc<AtomicBool>,
+    closing: bool,
+}
+
+struct EndpointState {
+    failed: Cell<bool>,
+    some_failed: Rc<Cell<bool>>,
+}
+
+/// One or more calls of the library that end together.
+struct Pending {
+    library: Arc<Library>,
+    /// Calls that have not ended, and one for the issuing.
+    remaining: Cell<usize>,
+    status: Cell<ucx_sys::ucs_status_t>,
+    purpose: Cell<Option<Purpose>>,
+    queue: Rc<RefCell<VecDeque<Ended>>>,
+}
+
+enum Purpose {
+    Connect { endpoint: EndpointId, reply: Reply<Connected> },
+    Get { held: Box<dyn Any + Send>, reply: Reply<()> },
+    Close { endpoint: EndpointId },
+}
+
+struct Ended {
+    purpose: Purpose,
+    status: ucx_sys::ucs_status_t,
+}
+
+/// The library calls this when an operation ends that did not end at once.
+///
+/// # Safety
+///
+/// `user_data` comes from [`Pending::into_raw`] and has not ended; `request` is the operation's.
+unsafe extern "C" fn ended(request: *mut c_void, status: ucx_sys::ucs_status_t, user_data: *mut c_void) {
+    let pending: *const Pending = user_data.cast_const().cast();
+    // SAFETY: alive until its last operation ended (contract).
+    let library = unsafe { (*pending).library.clone() };
+    // SAFETY: the library hands the request over with this call.
+    unsafe { library.ucp_request_free(request) };
+    // SAFETY: this is the end of one of its operations.
+    unsafe { Pending::one_ended(pending, status) };
+}
+
+/// The library calls this when an endpoint fails.
+///
+/// # Safety
+///
+/// `state` is the `EndpointState` of an endpoint that is not closed yet.
+unsafe extern "C" fn endpoint_failed(
+    state: *mut c_void,
+    _endpoint: ucx_sys::ucp_ep_h,
+    _status: ucx_sys::ucs_status_t,
+) {
+    // SAFETY: the contract; on the thread that owns the state.
+    let state: &EndpointState = unsafe { &*state.cast_const().cast() };
+    state.failed.set(true);
+    state.some_failed.set(true);
+}
+
+impl Pending {
+    fn into_raw(self) -> *const Self {
+        Box::into_raw(Box::new(self)).cast_const()
+    }
+
+    /// # Safety
+    ///
+    /// `pending` comes from `into_raw`; called once for each of its operations and once for the issuing.
+    unsafe fn one_ended(pending: *const Self, status: ucx_sys::ucs_status_t) {
+        // SAFETY: not freed before the count is zero, and it is not (contract).
+        let this = unsafe { &*pending };
+        if status != ucx_sys::UCS_OK && this.status.get() == ucx_sys::UCS_OK {
+            this.status.set(status);
+        }
+        this.remaining.set(this.remaining.get() - 1);
+        if this.remaining.get() > 0 {
+            return;
+        }
+        // SAFETY: from `into_raw`, and nobody else has it any more.
+        let this = unsafe { Box::from_raw(pending.cast_mut()) };
+        if let Some(purpose) = this.purpose.take() {
+            let status = this.status.get();
+            this.queue.borrow_mut().push_back(Ended { purpose, status });
+        }
+    }
+}
+
+impl Worker {
+    /// Opens the library's context and its worker; also returns the worker's address.
+    pub(super) fn open(
+        library: Arc<Library>,
+        settings: &[(String, String)],
+    ) -> Result<(Self, Vec<u8>), UcxError> {
+        let context = open_context(&library, settings)?;
+        let memories = Memories {
+            library,
+            context,
+            mapped: HashMap::new(),
+        };
+        let library = &memories.library;
+        // SAFETY: all-zero is a valid value of this plain struct; the mask says which fields are set.
+        let mut params: ucx_sys::ucp_worker_params_t = unsafe { zeroed() };
+        params.field_mask = u64::from(ucx_sys::UCP_WORKER_PARAM_FIELD_THREAD_MODE);
+        params.thread_mode = ucx_sys::UCS_THREAD_MODE_SINGLE;
+        let mut worker = null_mut();
+        // SAFETY: a valid context, parameters that live during the call, and a place for the result.
+        let status = unsafe { library.ucp_worker_create(context, &raw const params, &raw mut worker) };
+        check(library, "ucp_worker_create", status)?;
+        let mut event_descriptor = -1;
+        // SAFETY: a valid worker, of a context with the wake-up feature.
+        let status = unsafe { library.ucp_worker_get_efd(worker, &raw mut event_descriptor) };
+        check(library, "ucp_worker_get_efd", status)?;
+        let (mut address, mut bytes) = (null_mut(), 0);
+        // SAFETY: a valid worker, and places for the results.
+        let status = unsafe { library.ucp_worker_get_address(worker, &raw mut address, &raw mut bytes) };
+        check(library, "ucp_worker_get_address", status)?;
+        // SAFETY: the library just said that `bytes` bytes are there.
+        let copied = unsafe { std::slice::from_raw_parts(address.cast::<u8>(), bytes) }.to_vec();
+        // SAFETY: the address is of this worker, and not used any more.
+        unsafe { library.ucp_worker_release_address(worker, address) };
+        let opened = Self {
+            memories,
+            worker,
+            event_descriptor,
+            endpoints: HashMap::new(),
+            windows: HashMap::new(),
+            next_id: 1,
+            ended: Rc::default(),
+            some_failed: Rc::default(),
+        };
+        Ok((opened, copied))
+    }
+
+    /// Lets the library work, and looks at what ended. Returns whether there was anything.
+    pub(super) fn progress(&mut self, rounds_max: usize) -> bool {
+        let mut busy = false;
+        for _ in 0..rounds_max {
+            // SAFETY: the worker of this thread.
+            if unsafe { self.library().ucp_worker_progress(self.worker) } == 0 {
+                break;
+            }
+            busy = true;
+        }
+        loop {
+            let ended = self.ended.borrow_mut().pop_front();
+            let Some(Ended { purpose, status }) = ended else {
+                break;
+            };
+            busy = true;
+            self.finish(purpose, status);
+        }
+        if self.some_failed.replace(false) {
+            busy = true;
+            let failed: Vec<EndpointId> = self
+                .endpoints
+                .iter()
+                .filter(|(_, endpoint)| endpoint.state.failed.get())
+                .map(|(id, _)| *id)
+                .collect();
+            failed.into_iter().for_each(|id| self.close(id));
+        }
+        busy
+    }
+
+    /// Prepares for sleep. False if there is something to do first.
+    pub(super) fn arm(&mut self) -> bool {
+        // SAFETY: the worker of this thread.
+        let status = unsafe { self.library().ucp_worker_arm(self.worker) };
+        status == ucx_sys::UCS_OK
+    }
+
+    pub(super) fn event_descriptor(&self) -> RawFd {
+        self.event_descriptor
+    }
+
+    /// Carries out a command.
+    pub(super) fn on(&mut self, command: Command) {
+        match command {
+            // Whoever does not wait any more for a prompt reply has gone for good.
+            Command::Allocate { bytes, reply } => {
+                let _ = reply.send(self.map(null_mut(), bytes, false));
+            }
+            Command::Register {
+                base,
+                bytes,
+                device,
+                reply,
+            } => {
+                let base = ptr::with_exposed_provenance_mut(base);
+                let _ = reply.send(self.map(base, bytes, device));
+            }
+            Command::Unmap { memory } => self.memories.unmap(memory),
+            Command::Connect { address, reply } => self.connect(&address, reply),
+            Command::Close { endpoint } => self.close(endpoint),
+            Command::Open {
+                endpoint,
+                packed_key,
+                base,
+                reply,
+            } => {
+                if let Err(Ok(unwanted)) = reply.send(self.open_window(endpoint, &packed_key, base)) {
+                    self.forget(unwanted.window);
+                }
+            }
+            Command::Forget { window } => self.forget(window),
+            Command::Get {
+                window,
+                runs,
+                device,
+                held,
+                reply,
+            } => self.get(window, &runs, device, held, reply),
+            Command::Stop => {}
+        }
+    }
+
+    pub(super) fn close_all(&mut self) {
+        let all: Vec<EndpointId> = self.endpoints.keys().copied().collect();
+        all.into_iter().for_each(|id| self.close(id));
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.endpoints.is_empty()
+    }
+
+    /// Lets go of everything but memory. All endpoints must be closed.
+    pub(super) fn end(mut self) -> Memories {
+        let windows: Vec<WindowId> = self.windows.keys().copied().collect();
+        windows.into_iter().for_each(|window| self.forget(window));
+        // SAFETY: the worker of this thread; its endpoints are closed, and nobody uses it afterwards.
+        unsafe { self.library().ucp_worker_destroy(self.worker) };
+        self.memories
+    }
+
+    fn library(&self) -> &Library {
+        &self.memories.library
+    }
+
+    fn id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    /// Registers `bytes` bytes at `base`, or at a place of the library's choice where that is null.
+    fn map(&mut self, base: *mut c_void, bytes: usize, device: bool) -> Result<Mapped, UcxError> {
+        let id = MemoryId(self.id());
+        self.memories.map(id, base, bytes, device)
+    }
+
+    fn connect(&mut self, address: &[u8], reply: Reply<Connected>) {
+        let state = Box::new(EndpointState {
+            failed: Cell::new(false),
+            some_failed: self.some_failed.clone(),
+        });
+        // SAFETY: all-zero is a valid value of this plain struct; the mask says which fields are set.
+        let mut params: ucx_sys::ucp_ep_params_t = unsafe { zeroed() };
+        params.field_mask = u64::from(
+            ucx_sys::UCP_EP_PARAM_FIELD_REMOTE_ADDRESS
+                | ucx_sys::UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE
+                | ucx_sys::UCP_EP_PARAM_FIELD_ERR_HANDLER,
+        );
+        params.address = address.as_ptr().cast();
+        params.err_mode = ucx_sys::UCP_ERR_HANDLING_MODE_PEER;
+        params.err_handler = ucx_sys::ucp_err_handler {
+            cb: Some(endpoint_failed),
+            arg: (&raw const *state).cast_mut().cast(),
+        };
+        let mut handle = null_mut();
+        // SAFETY: the parameters live during the call; the state lives until the endpoint is closed.
+        let status = unsafe {
+            self.library()
+                .ucp_ep_create(self.worker, &raw const params, &raw mut handle)
+        };
+        if let Err(error) = check(self.library(), "ucp_ep_create", status) {
+            let _ = reply.send(Err(error));
+            return;
+        }
+        let endpoint = EndpointId(self.id());
+        self.endpoints.insert(
+            endpoint,
+            Endpoint {
+                handle,
+                state,
+                alive: Arc::new(AtomicBool::new(true)),
+                closing: false,
+            },
+        );
+        // Its lanes are known when the first operation went through.
+        self.issue(1, Purpose::Connect { endpoint, reply }, |library, params| {
+            // SAFETY: an open endpoint of this thread's worker, and parameters that live during the call.
+            vec![unsafe { library.ucp_ep_flush_nbx(handle, &raw const *params) }]
+        });
+    }
+
+    fn close(&mut self, id: EndpointId) {
+        let Some(endpoint) = self.endpoints.get_mut(&id) else {
+            return;
+        };
+        endpoint.alive.store(false, Relaxed);
+        if std::mem::replace(&mut endpoint.closing, true) {
+            return;
+        }
+        let handle = endpoint.handle;
+        self.issue(1, Purpose::Close { endpoint: id }, |library, params| {
+            params.op_attr_mask |= ucx_sys::UCP_OP_ATTR_FIELD_FLAGS;
+            params.flags = ucx_sys::UCP_EP_CLOSE_FLAG_FORCE;
+            // SAFETY: an open endpoint that is closed once, and not used afterwards.
+            vec![unsafe { library.ucp_ep_close_nbx(handle, &raw const *params) }]
+        });
+    }
+
+    fn open_window(&mut self, id: EndpointId, packed_key: &[u8], base: u64) -> Result<Opened, UcxError> {
+        let endpoint = self.endpoints.get(&id).filter(|endpoint| !endpoint.closing);
+        let handle = endpoint.ok_or_else(UcxError::closed)?.handle;
+        let mut key = null_mut();
+        // SAFETY: an open endpoint, and the bytes that the peer packed. The library trusts their form: they come
+        // from a node of the cluster, over the same connection as the worker's address.
+        let status =
+            unsafe { self.library().ucp_ep_rkey_unpack(handle, packed_key.as_ptr().cast(), &raw mut key) };
+        check(self.library(), "ucp_ep_rkey_unpack", status)?;
+        let mut mapped_at = null_mut();
+        // SAFETY: a key of this thread's endpoint, and a place for the result.
+        let status = unsafe { self.library().ucp_rkey_ptr(key, base, &raw mut mapped_at) };
+        let window = WindowId(self.id());
+        self.windows.insert(window, (id, key));
+        Ok(Opened {
+            window,
+            mapped_at: (status == ucx_sys::UCS_OK).then(|| mapped_at.expose_provenance()),
+        })
+    }
+
+    fn forget(&mut self, window: WindowId) {
+        if let Some((_, key)) = self.windows.remove(&window) {
+            // SAFETY: a key of this worker that no operation uses: gets hold their window, and so do copies.
+            unsafe { self.library().ucp_rkey_destroy(key) };
+        }
+    }
+}
+
+/// Operations that go on.
+impl Worker {
+    fn get(
+        &mut self,
+        window: WindowId,
+        runs: &[Run],
+        device: bool,
+        held: Box<dyn Any + Send>,
+        reply: Reply<()>,
+    ) {
+        let open = self.windows.get(&window).and_then(|(id, key)| {
+            let endpoint = self.endpoints.get(id).filter(|endpoint| !endpoint.closing);
+            endpoint.map(|endpoint| (endpoint.handle, *key))
+        });
+        let Some((handle, key)) = open else {
+            drop(held);
+            let _ = reply.send(Err(UcxError::closed()));
+            return;
+        };
+        self.issue(runs.len(), Purpose::Get { held, reply }, |library, params| {
+            params.op_attr_mask |= ucx_sys::UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+            params.memory_type = memory_type(device);
+            let get = |run: &Run| {
+                let local = ptr::with_exposed_provenance_mut(run.local);
+                // SAFETY: `held` keeps `bytes` bytes at `local` for this operation until it ended; the endpoint is
+                // open and the key is its own. What the peer's memory is, the library and its hardware check.
+                unsafe { library.ucp_get_nbx(handle, local, run.bytes, run.remote, key, &raw const *params) }
+            };
+            runs.iter().map(get).collect()
+        });
+    }
+
+    /// Begins `count` calls that end together.
+    fn issue(
+        &mut self,
+        count: usize,
+        purpose: Purpose,
+        begin: impl FnOnce(&Library, &mut ucx_sys::ucp_request_param_t) -> Vec<ucx_sys::ucs_status_ptr_t>,
+    ) {
+        let pending = Pending {
+            library: self.memories.library.clone(),
+            remaining: Cell::new(count + 1),
+            status: Cell::new(ucx_sys::UCS_OK),
+            purpose: Cell::new(Some(purpose)),
+            queue: self.ended.clone(),
+        };
+        let pending = pending.into_raw();
+        // SAFETY: all-zero is a valid value of this plain struct; the mask says which fields are set.
+        let mut params: ucx_sys::ucp_request_param_t = unsafe { zeroed() };
+        params.op_attr_mask = ucx_sys::UCP_OP_ATTR_FIELD_CALLBACK | ucx_sys::UCP_OP_ATTR_FIELD_USER_DATA;
+        params.cb.send = Some(ended);
+        params.user_data = pending.cast_mut().cast();
+        let begun = begin(&self.memories.library, &mut params);
+        debug_assert_eq!(begun.len(), count, "every call is counted");
+        for call in begun {
+            match Begun::of(call) {
+                // SAFETY: this call has ended, and its callback will not come.
+                Begun::Done => unsafe { Pending::one_ended(pending, ucx_sys::UCS_OK) },
+                // SAFETY: as above.
+                Begun::Failed(status) => unsafe { Pending::one_ended(pending, status) },
+                Begun::Request(_) => {}
+            }
+        }
+        // SAFETY: the issuing ends here.
+        unsafe { Pending::one_ended(pending, ucx_sys::UCS_OK) };
+    }
+
+    fn finish(&mut self, purpose: Purpose, status: ucx_sys::ucs_status_t) {
+        match purpose {
+            Purpose::Connect { endpoint, reply } => {
+                let connected = check(self.library(), "connecting", status).and_then(|()| {
+                    let open = self.endpoints.get(&endpoint).filter(|open| !open.closing);
+                    let open = open.ok_or_else(UcxError::closed)?;
+                    Ok(Connected {
+                        endpoint,
+                        lanes: lanes::parse(&describe(self.library(), open.handle)),
+                        alive: open.alive.clone(),
+                    })
+                });
+                let failed = connected.is_err();
+                if reply.send(connected).is_err() || failed {
+                    self.close(endpoint);
+                }
+            }
+            Purpose::Get { held, reply } => {
+                // First, so that whoever hears of the end finds the memory its own again.
+                drop(held);
+                let _ = reply.send(check(self.library(), "ucp_get_nbx", status));
+            }
+            Purpose::Close { endpoint } => {
+                self.endpoints.remove(&endpoint);
+            }
+        }
+    }
+}
+
+impl Memories {
+    pub(super) fn is_empty(&self) -> bool {
+        self.mapped.is_empty()
+    }
+
+    fn map(
+        &mut self,
+        id: MemoryId,
+        base: *mut c_void,
+        bytes: usize,
+        device: bool,
+    ) -> Result<Mapped, UcxError> {
+        let library = &self.library;
+        // SAFETY: all-zero is a valid value of this plain struct; the mask says which fields are set.
+        let mut params: ucx_sys::ucp_mem_map_params_t = unsafe { zeroed() };
+        params.field_mask = u64::from(
+            ucx_sys::UCP_MEM_MAP_PARAM_FIELD_ADDRESS
+                | ucx_sys::UCP_MEM_MAP_PARAM_FIELD_LENGTH
+                | ucx_sys::UCP_MEM_MAP_PARAM_FIELD_FLAGS
+                | ucx_sys::UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
+        );
+        params.address = base;
+        params.length = bytes;
+        params.flags = if base.is_null() { ucx_sys::UCP_MEM_MAP_ALLOCATE } else { 0 };
+        params.memory_type = memory_type(device);
+        let mut handle = null_mut();
+        // SAFETY: an open context; the memory, where it is not the library's own, lives until it is unmapped.
+        let status = unsafe { library.ucp_mem_map(self.context, &raw const params, &raw mut handle) };
+        check(library, "ucp_mem_map", status)?;
+        // From here on `unmap` gives it back.
+        self.mapped.insert(id, handle);
+        let described = describe_memory(library, self.context, handle);
+        if described.is_err() {
+            self.unmap(id);
+        }
+        let (base, packed_key) = described?;
+        Ok(Mapped {
+            id,
+            base,
+            packed_key,
+        })
+    }
+
+    pub(super) fn unmap(&mut self, id: MemoryId) {
+        if let Some(handle) = self.mapped.remove(&id) {
+            // SAFETY: mapped in this context, and its owner lets it go.
+            let status = unsafe { self.library.ucp_mem_unmap(self.context, handle) };
+            if status != ucx_sys::UCS_OK {
+                tracing::warn!(error = self.library.explain(status), "ucx did not unmap memory");
+            }
+        }
+    }
+
+    /// Closes the context. No memory may be left.
+    pub(super) fn end(self) {
+        // SAFETY: its worker and all its memory are gone, and nobody uses it afterwards.
+        unsafe { self.library.ucp_cleanup(self.context) };
+    }
+}
+
+/// Where memory lies, and its packed key.
+fn describe_memory(
+    library: &Library,
+    context: ucx_sys::ucp_context_h,
+    handle: ucx_sys::ucp_mem_h,
+) -> Result<(usize, Vec<u8>), UcxError> {
+    // SAFETY: all-zero is a valid value of this plain struct; the mask says what is asked for.
+    let mut attributes: ucx_sys::ucp_mem_attr_t = unsafe { zeroed() };
+    attributes.field_mask = u64::from(ucx_sys::UCP_MEM_ATTR_FIELD_ADDRESS);
+    // SAFETY: mapped memory, and a place for the answer.
+    let status = unsafe { library.ucp_mem_query(handle, &raw mut attributes) };
+    check(library, "ucp_mem_query", status)?;
+    let (mut packed, mut bytes) = (null_mut(), 0);
+    // SAFETY: mapped memory of this context, and places for the results.
+    let status = unsafe { library.ucp_rkey_pack(context, handle, &raw mut packed, &raw mut bytes) };
+    check(library, "ucp_rkey_pack", status)?;
+    // SAFETY: the library just said that `bytes` bytes are there.
+    let copied = unsafe { std::slice::from_raw_parts(packed.cast_const().cast::<u8>(), bytes) }.to_vec();
+    // SAFETY: packed above, and not used any more.
+    unsafe { library.ucp_rkey_buffer_release(packed) };
+    Ok((attributes.address.expose_provenance(), copied))
+}
+
+fn open_context(
+    library: &Library,
+    settings: &[(String, String)],
+) -> Result<ucx_sys::ucp_context_h, UcxError> {
+    let mut config = null_mut();
+    // SAFETY: null means no prefix and no file; a place for the result.
+    let status = unsafe { library.ucp_config_read(null(), null(), &raw mut config) };
+    check(library, "ucp_config_read", status)?;
+    let zeroed_methods = ("ALLOC_PRIO".to_owned(), ZEROED_METHODS.to_owned());
+    let modified = settings.iter().chain([&zeroed_methods]).try_for_each(|(name, value)| {
+        let c_string = |text: &str| {
+            CString::new(text).map_err(|_| UcxError::new(format!("setting {name} contains a zero byte")))
+        };
+        let (name_c, value_c) = (c_string(name)?, c_string(value)?);
+        // SAFETY: a configuration that was read, and two strings that live during the call.
+        let status = unsafe { library.ucp_config_modify(config, name_c.as_ptr(), value_c.as_ptr()) };
+        check(library, &format!("setting {name} to {value:?}"), status)
+    });
+    let opened = modified.and_then(|()| {
+        // SAFETY: all-zero is a valid value of this plain struct; the mask says which fields are set.
+        let mut params: ucx_sys::ucp_params_t = unsafe { zeroed() };
+        params.field_mask = u64::from(ucx_sys::UCP_PARAM_FIELD_FEATURES);
+        params.features = u64::from(ucx_sys::UCP_FEATURE_RMA | ucx_sys::UCP_FEATURE_WAKEUP);
+        let mut context = null_mut();
+        // SAFETY: parameters and configuration live during the call; the version is that of the bindings.
+        let status = unsafe {
+            library.ucp_init_version(
+                ucx_sys::UCP_API_MAJOR,
+                ucx_sys::UCP_API_MINOR,
+                &raw const params,
+                config,
+                &raw mut context,
+            )
+        };
+        check(library, "ucp_init_version", status).map(|()| context)
+    });
+    // SAFETY: read above, and not used any more.
+    unsafe { library.ucp_config_release(config) };
+    opened
+}
+
+/// What the library prints of an endpoint. Empty if there is no memory for it.
+fn describe(library: &Library, endpoint: ucx_sys::ucp_ep_h) -> String {
+    let (mut text, mut bytes) = (null_mut(), 0);
+    // SAFETY: places for a buffer that the stream allocates.
+    let stream = unsafe { libc::open_memstream(&raw mut text, &raw mut bytes) };
+    if stream.is_null() {
+        return String::new();
+    }
+    // SAFETY: an open endpoint and an open stream.
+    unsafe { library.ucp_ep_print_info(endpoint, stream.cast()) };
+    // SAFETY: opened above; closing makes `text` and `bytes` valid.
+    unsafe { libc::fclose(stream) };
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: the stream wrote `bytes` bytes there.
+    let copied = unsafe { std::slice::from_raw_parts(text.cast_const().cast::<u8>(), bytes) };
+    let description = String::from_utf8_lossy(copied).into_owned();
+    // SAFETY: allocated by the stream, and not used any more.
+    unsafe { libc::free(text.cast()) };
+    description
+}
+
+fn memory_type(device: bool) -> ucx_sys::ucs_memory_type_t {
+    if device {
+        ucx_sys::UCS_MEMORY_TYPE_CUDA
+    } else {
+        ucx_sys::UCS_MEMORY_TYPE_HOST
+    }
+}
+
+fn check(library: &Library, what: &str, status: ucx_sys::ucs_status_t) -> Result<(), UcxError> {
+    if status == ucx_sys::UCS_OK {
+        return Ok(());
+    }
+    Err(UcxError::new(format!("{what}: {}", library.explain(status))))
+}
