@@ -22,6 +22,8 @@ use types::ErrorCode;
 use arguments::{Arguments, Command, ModelCommand, NodeCommand};
 
 fn main() -> ExitCode {
+    // Before there are threads. That there are none is a property of this function, so the result says nothing.
+    transfer::ucx::prepare_process();
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {

@@ -22,8 +22,11 @@ builtin=$(dirname "$(${CC:-cc} -print-file-name=include/stddef.h)")
 bindgen wrapper.h --output src/bindings.rs \
     --dynamic-loading Ucp --dynamic-link-require-all --allowlist-function "$allowed" --allowlist-var 'UCP_API_(MAJOR|MINOR)|UCP_MEM_MAP_(NONBLOCK|ALLOCATE)|UCP_OP_ATTR_.*' \
     --allowlist-type 'ucp_.*_field|ucp_op_attr_t|ucp_feature|ucp_ep_close_flags_t|ucp_mem_advice' \
-    --blocklist-type 'FILE|_IO_.*' --raw-line '//! Raw bindings of UCP 1.13: written by `regenerate.sh`, not by hand.' \
-    --raw-line '#![allow(missing_docs, non_camel_case_types, non_upper_case_globals, non_snake_case, dead_code)]' \
-    --raw-line '#![allow(clippy::all, clippy::pedantic, clippy::restriction, unreachable_pub, unused_qualifications)]' \
+    --blocklist-type 'FILE|_IO_.*' --disable-header-comment \
+    --raw-line '//! Raw bindings of UCP 1.13: written by `regenerate.sh`, not by hand.' \
+    --raw-line '#![allow(missing_docs, non_camel_case_types, non_upper_case_globals, non_snake_case)]' \
+    --raw-line '#![allow(clippy::all, clippy::undocumented_unsafe_blocks, dead_code, unreachable_pub, unused_qualifications)]' \
     --raw-line 'use libc::FILE;' \
-    --wrap-unsafe-ops --rust-target 1.90 --rust-edition 2024 --no-doc-comments --no-prepend-enum-name --merge-extern-blocks --use-core -- -I"$builtin" "$@"
+    --wrap-unsafe-ops --rust-target 1.90 --rust-edition 2024 --no-doc-comments --no-prepend-enum-name \
+    --merge-extern-blocks --use-core -- -I"$builtin" "$@"
+rustfmt --edition 2024 src/bindings.rs

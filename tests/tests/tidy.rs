@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 /// Lines of a file that are not tests.
 const FILE_LINES_MAX: usize = 600;
 
+/// Written by programs: nobody reads them from top to bottom.
+const GENERATED: &[&str] = &["libs/ucx-sys/src/bindings.rs"];
+
 /// Who may import whom (`ARCHITECTURE.md`). Development dependencies are free.
 const IMPORTS: &[(&str, &[&str])] = &[
     ("types", &[]),
@@ -217,6 +220,9 @@ fn no_file_outgrows_its_design() {
     for file in sources().iter().filter(|file| !is_test(file)) {
         let text = read(file);
         let lines = without_inline_tests(&text).lines().count();
+        if GENERATED.contains(&relative(file).as_str()) {
+            continue;
+        }
         assert!(
             lines <= FILE_LINES_MAX,
             "{} has {lines} lines: find the seam",

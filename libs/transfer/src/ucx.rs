@@ -34,8 +34,8 @@ use tokio::sync::oneshot;
 use types::{Memory, MemoryKind};
 use ucx_sys::Library;
 
-use driver::{Command, EndpointId, Handle, Mapped, MemoryId, WindowId};
 pub(crate) use driver::Run;
+use driver::{Command, EndpointId, Handle, Mapped, MemoryId, WindowId};
 use memory::UcxMemory;
 use worker::Worker;
 
@@ -77,6 +77,13 @@ impl Default for Config {
             spin: Duration::from_micros(20),
         }
     }
+}
+
+/// Sets what the library reads from the environment when it is loaded, where the operator has not: it logs to stderr and
+/// leaves the process's signal handlers alone. For the beginning of `main`: it does nothing, and returns false, once the
+/// process has more than one thread.
+pub fn prepare_process() -> bool {
+    ucx_sys::prepare_environment()
 }
 
 /// Why something could not be done by UCX.
@@ -133,7 +140,8 @@ struct Known {
 impl Ucx {
     /// Loads the library and opens it.
     pub(crate) fn open(config: &Config) -> Result<Self, UcxError> {
-        let library = Library::load(config.library.as_deref()).map_err(|error| UcxError::new(error.to_string()))?;
+        let library =
+            Library::load(config.library.as_deref()).map_err(|error| UcxError::new(error.to_string()))?;
         let version = format!("UCX {} from {}", library.version(), library.path().display());
         let settings: Vec<_> = config.settings.clone().into_iter().collect();
         let library = Arc::new(library);

@@ -12,8 +12,8 @@ use tokio::runtime::Runtime;
 use tokio::time::Instant;
 use transfer::memory::{copy_in, copy_out};
 use transfer::{
-    Keep, MemNetwork, RegionId, RemoteRegion, Slice, TcpTransport, TransferBatch, TransferError, Transport, mem,
-    tcp, ucx,
+    Keep, MemNetwork, RegionId, RemoteRegion, Slice, TcpTransport, TransferBatch, TransferError, Transport,
+    mem, tcp, ucx,
 };
 use types::{Epoch, ErrorCode, Memory};
 
@@ -24,15 +24,17 @@ const CANARY: u8 = 0xa5;
 enum Kind {
     Tcp,
     Mem,
-    /// Forced, so that a test never goes over TCP unnoticed.
+    /// Forced, so that a test never goes over TCP unnoticed. Here, peers map each other's memory.
     Ucx,
+    /// The same with nothing but TCP, where UCX moves bytes by its own gets as it does over a network card.
+    UcxGets,
 }
 
 /// Whether the library is here. Tests of UCX say that they skip where it is not.
 fn has(kind: Kind) -> bool {
     let missing = match kind {
         Kind::Tcp | Kind::Mem => None,
-        Kind::Ucx => ucx_sys::Library::load(None).err(),
+        Kind::Ucx | Kind::UcxGets => ucx_sys::Library::load(None).err(),
     };
     if let Some(missing) = &missing {
         eprintln!("skipped: {missing}");
@@ -53,8 +55,7 @@ struct Pair {
 impl Pair {
     async fn new(kind: Kind) -> Self {
         let (near, far): (Arc<dyn Transport>, Arc<dyn Transport>) = match kind {
-            Kind::Tcp => (bind(ucx::Choice::Tcp).await, bind(ucx::Choice::Tcp).await),
-            Kind::Ucx => (bind(ucx::Choice::Ucx).await, bind(ucx::Choice::Ucx).await),
+            Kind::Tcp | Kind::Ucx | Kind::UcxGets => (bind(kind).await, bind(kind).await),
             Kind::Mem => {
                 let network = MemNetwork::new(7, mem::Faults::default());
                 (network.join("near", Epoch(5)), network.join("far", Epoch(5)))
@@ -93,12 +94,18 @@ impl Pair {
     }
 }
 
-async fn bind(choice: ucx::Choice) -> Arc<TcpTransport> {
+async fn bind(kind: Kind) -> Arc<TcpTransport> {
+    let (choice, lanes) = match kind {
+        Kind::Tcp | Kind::Mem => (ucx::Choice::Tcp, None),
+        Kind::Ucx => (ucx::Choice::Ucx, None),
+        Kind::UcxGets => (ucx::Choice::Ucx, Some(("TLS".to_owned(), "tcp,self".to_owned()))),
+    };
     // Small parts, so that batches of the tests are split over the connections.
     let config = tcp::Config {
         part_bytes: 1000.try_into().unwrap(),
         ucx: ucx::Config {
             choice,
+            settings: lanes.into_iter().collect(),
             ..ucx::Config::default()
         },
         ..tcp::Config::default()
@@ -173,7 +180,9 @@ fn property_of(kind: Kind, direction: fn(Slice) -> Slice, check: impl AsyncFn(&P
 }
 
 #[rstest]
-fn a_write_lands_exactly_and_touches_nothing_else(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+fn a_write_lands_exactly_and_touches_nothing_else(
+    #[values(Kind::Tcp, Kind::Mem, Kind::Ucx, Kind::UcxGets)] kind: Kind,
+) {
     property_of(
         kind,
         |slice| slice,
@@ -202,7 +211,9 @@ fn a_write_lands_exactly_and_touches_nothing_else(#[values(Kind::Tcp, Kind::Mem,
 }
 
 #[rstest]
-fn a_read_fetches_exactly_and_touches_nothing_else(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+fn a_read_fetches_exactly_and_touches_nothing_else(
+    #[values(Kind::Tcp, Kind::Mem, Kind::Ucx, Kind::UcxGets)] kind: Kind,
+) {
     let flipped = |s: Slice| slice(s.remote_offset, s.local_offset, s.len);
     property_of(kind, flipped, async |pair, slices| {
         let source: Vec<u8> = (0..BYTES).map(|i| (i * 7 + i / 13) as u8).collect();
@@ -225,7 +236,7 @@ fn a_read_fetches_exactly_and_touches_nothing_else(#[values(Kind::Tcp, Kind::Mem
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn concurrent_batches_do_not_mix(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+async fn concurrent_batches_do_not_mix(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx, Kind::UcxGets)] kind: Kind) {
     const WRITERS: u64 = 16;
     if !has(kind) {
         return;
@@ -260,7 +271,9 @@ async fn concurrent_batches_do_not_mix(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)
 
 #[rstest]
 #[tokio::test]
-async fn what_is_not_granted_is_refused_as_a_whole(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+async fn what_is_not_granted_is_refused_as_a_whole(
+    #[values(Kind::Tcp, Kind::Mem, Kind::Ucx, Kind::UcxGets)] kind: Kind,
+) {
     if !has(kind) {
         return;
     }
@@ -288,7 +301,9 @@ async fn what_is_not_granted_is_refused_as_a_whole(#[values(Kind::Tcp, Kind::Mem
         let error = pair.write(&grant, slices).await.unwrap_err();
         match kind {
             // A batch that is split is refused part by part.
-            Kind::Tcp | Kind::Ucx => assert!(matches!(error, TransferError::OutOfRange { .. }), "{error}"),
+            Kind::Tcp | Kind::Ucx | Kind::UcxGets => {
+                assert!(matches!(error, TransferError::OutOfRange { .. }), "{error}")
+            }
             Kind::Mem => assert_eq!(error, expected),
         }
     }
@@ -301,7 +316,9 @@ async fn what_is_not_granted_is_refused_as_a_whole(#[values(Kind::Tcp, Kind::Mem
 
 #[rstest]
 #[tokio::test]
-async fn a_right_ends_when_it_is_revoked(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+async fn a_right_ends_when_it_is_revoked(
+    #[values(Kind::Tcp, Kind::Mem, Kind::Ucx, Kind::UcxGets)] kind: Kind,
+) {
     if !has(kind) {
         return;
     }
@@ -324,7 +341,9 @@ async fn a_right_ends_when_it_is_revoked(#[values(Kind::Tcp, Kind::Mem, Kind::Uc
 
 #[rstest]
 #[tokio::test]
-async fn a_right_is_for_one_direction_and_one_epoch(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+async fn a_right_is_for_one_direction_and_one_epoch(
+    #[values(Kind::Tcp, Kind::Mem, Kind::Ucx, Kind::UcxGets)] kind: Kind,
+) {
     if !has(kind) {
         return;
     }
@@ -353,7 +372,9 @@ async fn a_right_is_for_one_direction_and_one_epoch(#[values(Kind::Tcp, Kind::Me
 
 #[rstest]
 #[tokio::test]
-async fn local_mistakes_are_refused_before_anything_is_sent(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+async fn local_mistakes_are_refused_before_anything_is_sent(
+    #[values(Kind::Tcp, Kind::Mem, Kind::Ucx, Kind::UcxGets)] kind: Kind,
+) {
     if !has(kind) {
         return;
     }
@@ -385,7 +406,7 @@ async fn local_mistakes_are_refused_before_anything_is_sent(#[values(Kind::Tcp, 
 
 #[rstest]
 #[tokio::test]
-async fn unregistering_revokes(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+async fn unregistering_revokes(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx, Kind::UcxGets)] kind: Kind) {
     if !has(kind) {
         return;
     }
@@ -398,7 +419,9 @@ async fn unregistering_revokes(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: 
 
 #[rstest]
 #[tokio::test]
-async fn a_flush_waits_for_the_writes_before_it(#[values(Kind::Tcp, Kind::Mem, Kind::Ucx)] kind: Kind) {
+async fn a_flush_waits_for_the_writes_before_it(
+    #[values(Kind::Tcp, Kind::Mem, Kind::Ucx, Kind::UcxGets)] kind: Kind,
+) {
     if !has(kind) {
         return;
     }

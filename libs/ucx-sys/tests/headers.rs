@@ -67,11 +67,14 @@ fn expected() -> Expected {
 fn the_bindings_agree_with_the_installed_headers() {
     let expected = expected();
     let all = || expected.exact.iter().chain(&expected.at_least);
-    let mut program = String::from(
-        "#include <stddef.h>\n#include <stdio.h>\n#include <ucp/api/ucp.h>\nint main(void) {\n",
-    );
+    let mut program =
+        String::from("#include <stddef.h>\n#include <stdio.h>\n#include <ucp/api/ucp.h>\nint main(void) {\n");
     for (expression, _) in all() {
-        writeln!(program, "printf(\"%s=%lld\\n\", \"{expression}\", (long long)({expression}));").unwrap();
+        writeln!(
+            program,
+            "printf(\"%s=%lld\\n\", \"{expression}\", (long long)({expression}));"
+        )
+        .unwrap();
     }
     program.push_str("return 0; }\n");
 

@@ -75,7 +75,7 @@ fn exposing_twice_gives_one_right_until_it_is_revoked() {
     let (table, region) = table_with_region();
     let first = table.expose_read(region).unwrap();
     assert_eq!(table.expose_read(region), Ok(first));
-    table.revoke(first);
+    drop(table.revoke(first));
     assert!(table.lookup(first).is_none());
     assert_ne!(table.expose_read(region), Ok(first));
 }
@@ -90,7 +90,7 @@ fn unregistering_closes_the_grants_of_that_region_only() {
     let kept = table
         .lookup(table.grant_write(other, vec![0..9]).unwrap())
         .unwrap();
-    table.unregister(region);
+    drop(table.unregister(region));
     assert!(gone.touch(|| ()).is_none());
     assert!(kept.touch(|| ()).is_some());
     assert!(table.memory(region).is_err());
@@ -128,7 +128,7 @@ fn nothing_touches_memory_once_a_revocation_returned() {
             while touches.load(SeqCst) < 20 {
                 std::thread::yield_now();
             }
-            table.revoke(key);
+            drop(table.revoke(key));
             revoked.store(true, SeqCst);
         });
     }

@@ -106,7 +106,10 @@ pub(super) fn transfer(
         let _ticket = ticket;
         let _in_flight = shared.stats.batches_in_flight.enter();
         let (peer, result) = match prepared {
-            Ok(job) => (Some(job.peer.clone()), run(&shared, job, &batch.slices, deadline).await),
+            Ok(job) => (
+                Some(job.peer.clone()),
+                run(&shared, job, &batch.slices, deadline).await,
+            ),
             Err(error) => (None, Err(error)),
         };
         count(&shared.stats, peer.as_deref(), operation, &result);
@@ -137,9 +140,17 @@ fn count(
         stats.ucx_batches.add(1);
     }
     let (all, ucx, of_peer) = if operation == Operation::Write {
-        (&stats.written_bytes, &stats.ucx_written_bytes, peer.map(|peer| &peer.written_bytes))
+        (
+            &stats.written_bytes,
+            &stats.ucx_written_bytes,
+            peer.map(|peer| &peer.written_bytes),
+        )
     } else {
-        (&stats.read_bytes, &stats.ucx_read_bytes, peer.map(|peer| &peer.read_bytes))
+        (
+            &stats.read_bytes,
+            &stats.ucx_read_bytes,
+            peer.map(|peer| &peer.read_bytes),
+        )
     };
     all.add(done.bytes);
     if by_ucx {
@@ -207,7 +218,11 @@ async fn run(
             bytes,
             requests,
             elapsed: begun.elapsed(),
-            mover: if job.some_inline.load(Relaxed) { SCHEME } else { UCX },
+            mover: if job.some_inline.load(Relaxed) {
+                SCHEME
+            } else {
+                UCX
+            },
         }),
     }
 }
@@ -301,7 +316,13 @@ async fn request_on(shared: &Shared, job: &Job, way: &Way, part: &Part) -> Resul
             Way::Ucx(link) => {
                 let (operation, extra) = job.by_ucx(shared, link, part)?;
                 let extra_bytes = u32::try_from(extra.len()).unwrap_or(u32::MAX);
-                ask(&connection, &job.head(operation, part, extra_bytes), &part.slices, &extra).await
+                ask(
+                    &connection,
+                    &job.head(operation, part, extra_bytes),
+                    &part.slices,
+                    &extra,
+                )
+                .await
             }
         };
         let (status, answer) = match tried {
@@ -362,7 +383,12 @@ impl Job {
     }
 
     /// What asks for the part through UCX.
-    fn by_ucx(&self, shared: &Shared, link: &Link, part: &Part) -> Result<(Operation, Vec<u8>), TransferError> {
+    fn by_ucx(
+        &self,
+        shared: &Shared,
+        link: &Link,
+        part: &Part,
+    ) -> Result<(Operation, Vec<u8>), TransferError> {
         let failed = |reason: String| TransferError::Ucx {
             endpoint: self.remote.endpoint.clone(),
             reason,
@@ -371,7 +397,9 @@ impl Job {
             return Ok((Operation::Admit, Visit { link: link.id }.encode_to_vec()));
         }
         let ucx = shared.ucx.as_ref().map_err(|reason| failed(reason.clone()))?;
-        let exposed = ucx.expose(&self.memory).map_err(|error| failed(error.to_string()))?;
+        let exposed = ucx
+            .expose(&self.memory)
+            .map_err(|error| failed(error.to_string()))?;
         let source = Source {
             link: link.id,
             memory: Some(exposed.into()),
@@ -455,7 +483,11 @@ async fn exchange(
     Ok(answer.status)
 }
 
-async fn receive_answer(stream: &TcpStream, head: &RequestHead, endpoint: &str) -> Result<AnswerHead, Failure> {
+async fn receive_answer(
+    stream: &TcpStream,
+    head: &RequestHead,
+    endpoint: &str,
+) -> Result<AnswerHead, Failure> {
     let mut answer = [0; ANSWER_HEAD_BYTES];
     stream::receive_exact(stream, &mut answer).await?;
     let answer = AnswerHead::decode(&answer).map_err(|error| violation(endpoint, error.to_string()))?;

@@ -151,7 +151,9 @@ async fn copy(pull: Pull<'_>, gone: impl Fn() -> bool) -> Result<Moved, UcxError
                 },
             };
             if !copied {
-                return Err(UcxError::new("the peer's memory is not mapped here any more".to_owned()));
+                return Err(UcxError::new(
+                    "the peer's memory is not mapped here any more".to_owned(),
+                ));
             }
             done += part;
             since_pause += part;

@@ -48,7 +48,10 @@ impl Linking {
     pub(super) fn describe(&self) -> (Option<Arc<Link>>, String) {
         match &*self.state() {
             State::Linked(link) if link.is_alive() => (Some(link.clone()), String::new()),
-            State::Linked(_) => (None, "UCX lost the peer; it is looked for again with the next transfer".into()),
+            State::Linked(_) => (
+                None,
+                "UCX lost the peer; it is looked for again with the next transfer".into(),
+            ),
             State::Untried | State::Introducing => (None, "the nodes are introducing themselves".into()),
             State::Unlinked { obstacle, .. } => (None, obstacle.clone()),
         }
@@ -122,7 +125,8 @@ pub(super) async fn link(
                 State::Introducing => {}
                 State::Untried | State::Unlinked { .. } => {
                     *state = State::Introducing;
-                    let (shared, peer, ucx, memory) = (shared.clone(), peer.clone(), ucx.clone(), memory.clone());
+                    let (shared, peer, ucx, memory) =
+                        (shared.clone(), peer.clone(), ucx.clone(), memory.clone());
                     shared.clone().tasks.spawn(async move {
                         let introduced = introduce(&shared, &peer, &ucx, &memory, forced);
                         let result = match shared.closed.run_until_cancelled(introduced).await {
@@ -159,12 +163,18 @@ async fn introduce(
         forced,
     };
     if !messages::fits(&introduction) {
-        return Err(UcxError::new("this node's UCX address is too long to be sent".to_owned()));
+        return Err(UcxError::new(
+            "this node's UCX address is too long to be sent".to_owned(),
+        ));
     }
     let within = shared.config.connect_timeout * 2;
     let introduced = timeout(within, exchange(shared, peer, &introduction))
         .await
-        .map_err(|_| UcxError::new(format!("the peer did not answer an introduction within {within:?}")))??;
+        .map_err(|_| {
+            UcxError::new(format!(
+                "the peer did not answer an introduction within {within:?}"
+            ))
+        })??;
     if introduced.link == 0 {
         return Err(UcxError::new(introduced.obstacle));
     }
@@ -173,7 +183,12 @@ async fn introduce(
         .map_err(|_| UcxError::new(format!("UCX did not connect within {within:?}")))??;
     tracing::info!(peer = peer.endpoint, lanes = ?introduced.lanes, "ucx link");
     let endpoint = peer.endpoint.clone();
-    Ok(Link::new(introduced.link, endpoint, introduced.lanes, Arc::new(connected)))
+    Ok(Link::new(
+        introduced.link,
+        endpoint,
+        introduced.lanes,
+        Arc::new(connected),
+    ))
 }
 
 /// Sends the introduction over one of the peer's connections.
@@ -206,7 +221,9 @@ async fn exchange(
             // An idle connection that the peer had closed.
             Err(Failure::Connection(_)) if connection.is_reused() && tries_left > 0 => {}
             Err(Failure::Connection(error)) => {
-                return Err(UcxError::new(format!("the peer hung up on an introduction: {error}")));
+                return Err(UcxError::new(format!(
+                    "the peer hung up on an introduction: {error}"
+                )));
             }
             Err(Failure::Final(error)) => return Err(UcxError::new(error.to_string())),
         }

@@ -84,10 +84,14 @@ pub(super) async fn introduce(shared: &Shared, introduction: Introduction) -> In
 async fn make_link(shared: &Shared, introduction: Introduction) -> Result<Introduced, UcxError> {
     let none = |reason: &String| UcxError::new(format!("the peer has no UCX: {reason}"));
     let ucx = shared.ucx.as_ref().map_err(none)?;
-    let memory = introduction.memory.ok_or_else(|| UcxError::new("an introduction without memory".into()))?;
+    let memory = introduction
+        .memory
+        .ok_or_else(|| UcxError::new("an introduction without memory".into()))?;
     let within = shared.config.connect_timeout;
     let late = |_| UcxError::new(format!("UCX did not connect within {within:?}"));
-    let peer = timeout(within, ucx.connect(introduction.worker)).await.map_err(late)??;
+    let peer = timeout(within, ucx.connect(introduction.worker))
+        .await
+        .map_err(late)??;
     let peer = Arc::new(peer);
     let window = timeout(within, peer.open(&memory.into())).await.map_err(late)??;
     let forced = introduction.forced || shared.config.ucx.choice == Choice::Ucx;

@@ -5,18 +5,18 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use prost::Message;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
-use prost::Message;
 use types::{ErrorCode, MemoryKind};
 
 use super::stream::{self, Moved};
-use super::{Shared, messages, served};
 use super::wire::{
-    AnswerHead, EXTRA_BYTES_MAX, Operation, REQUEST_HEAD_BYTES, RequestHead, SLICES_MAX, Status, TABLE_ENTRY_BYTES,
-    WireError,
+    AnswerHead, EXTRA_BYTES_MAX, Operation, REQUEST_HEAD_BYTES, RequestHead, SLICES_MAX, Status,
+    TABLE_ENTRY_BYTES, WireError,
 };
+use super::{Shared, messages, served};
 use crate::cursor::Cursor;
 use crate::region::{Grant, Refused};
 
@@ -223,7 +223,11 @@ fn admit_inline(
 }
 
 /// Finds what the request may touch, or the status that refuses it.
-pub(super) fn admit(shared: &Shared, head: &RequestHead, slices: &[(u64, u64)]) -> Result<Arc<Grant>, Status> {
+pub(super) fn admit(
+    shared: &Shared,
+    head: &RequestHead,
+    slices: &[(u64, u64)],
+) -> Result<Arc<Grant>, Status> {
     if head.epoch != shared.epoch.0 {
         let current = shared.epoch.0;
         return Err(Status::StaleEpoch { current });

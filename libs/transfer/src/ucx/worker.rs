@@ -67,9 +67,17 @@ struct Pending {
 }
 
 enum Purpose {
-    Connect { endpoint: EndpointId, reply: Reply<Connected> },
-    Get { held: Box<dyn Any + Send>, reply: Reply<()> },
-    Close { endpoint: EndpointId },
+    Connect {
+        endpoint: EndpointId,
+        reply: Reply<Connected>,
+    },
+    Get {
+        held: Box<dyn Any + Send>,
+        reply: Reply<()>,
+    },
+    Close {
+        endpoint: EndpointId,
+    },
 }
 
 struct Ended {
@@ -365,8 +373,10 @@ impl Worker {
         let mut key = null_mut();
         // SAFETY: an open endpoint, and the bytes that the peer packed. The library trusts their form: they come
         // from a node of the cluster, over the same connection as the worker's address.
-        let status =
-            unsafe { self.library().ucp_ep_rkey_unpack(handle, packed_key.as_ptr().cast(), &raw mut key) };
+        let status = unsafe {
+            self.library()
+                .ucp_ep_rkey_unpack(handle, packed_key.as_ptr().cast(), &raw mut key)
+        };
         check(self.library(), "ucp_ep_rkey_unpack", status)?;
         let mut mapped_at = null_mut();
         // SAFETY: a key of this thread's endpoint, and a place for the result.
@@ -506,7 +516,11 @@ impl Memories {
         );
         params.address = base;
         params.length = bytes;
-        params.flags = if base.is_null() { ucx_sys::UCP_MEM_MAP_ALLOCATE } else { 0 };
+        params.flags = if base.is_null() {
+            ucx_sys::UCP_MEM_MAP_ALLOCATE
+        } else {
+            0
+        };
         params.memory_type = memory_type(device);
         let mut handle = null_mut();
         // SAFETY: an open context; the memory, where it is not the library's own, lives until it is unmapped.
@@ -519,11 +533,7 @@ impl Memories {
             self.unmap(id);
         }
         let (base, packed_key) = described?;
-        Ok(Mapped {
-            id,
-            base,
-            packed_key,
-        })
+        Ok(Mapped { id, base, packed_key })
     }
 
     pub(super) fn unmap(&mut self, id: MemoryId) {
@@ -575,15 +585,18 @@ fn open_context(
     let status = unsafe { library.ucp_config_read(null(), null(), &raw mut config) };
     check(library, "ucp_config_read", status)?;
     let zeroed_methods = ("ALLOC_PRIO".to_owned(), ZEROED_METHODS.to_owned());
-    let modified = settings.iter().chain([&zeroed_methods]).try_for_each(|(name, value)| {
-        let c_string = |text: &str| {
-            CString::new(text).map_err(|_| UcxError::new(format!("setting {name} contains a zero byte")))
-        };
-        let (name_c, value_c) = (c_string(name)?, c_string(value)?);
-        // SAFETY: a configuration that was read, and two strings that live during the call.
-        let status = unsafe { library.ucp_config_modify(config, name_c.as_ptr(), value_c.as_ptr()) };
-        check(library, &format!("setting {name} to {value:?}"), status)
-    });
+    let modified = settings
+        .iter()
+        .chain([&zeroed_methods])
+        .try_for_each(|(name, value)| {
+            let c_string = |text: &str| {
+                CString::new(text).map_err(|_| UcxError::new(format!("setting {name} contains a zero byte")))
+            };
+            let (name_c, value_c) = (c_string(name)?, c_string(value)?);
+            // SAFETY: a configuration that was read, and two strings that live during the call.
+            let status = unsafe { library.ucp_config_modify(config, name_c.as_ptr(), value_c.as_ptr()) };
+            check(library, &format!("setting {name} to {value:?}"), status)
+        });
     let opened = modified.and_then(|()| {
         // SAFETY: all-zero is a valid value of this plain struct; the mask says which fields are set.
         let mut params: ucx_sys::ucp_params_t = unsafe { zeroed() };

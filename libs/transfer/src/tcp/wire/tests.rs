@@ -5,9 +5,13 @@ use super::*;
 fn head() -> impl Strategy<Value = RequestHead> {
     let operation = prop::sample::select(&Operation::ALL);
     let numbers = (any::<u64>(), any::<u64>(), any::<u64>());
-    let sizes = (1..=PAYLOAD_BYTES_MAX, 1..=SLICES_MAX as u32, 1..=EXTRA_BYTES_MAX as u32);
-    (operation, numbers, sizes).prop_map(|(operation, (id, epoch, key), (payload_bytes, slices, extra_bytes))| {
-        RequestHead {
+    let sizes = (
+        1..=PAYLOAD_BYTES_MAX,
+        1..=SLICES_MAX as u32,
+        1..=EXTRA_BYTES_MAX as u32,
+    );
+    (operation, numbers, sizes).prop_map(
+        |(operation, (id, epoch, key), (payload_bytes, slices, extra_bytes))| RequestHead {
             operation,
             id,
             epoch,
@@ -15,8 +19,8 @@ fn head() -> impl Strategy<Value = RequestHead> {
             payload_bytes: if operation.moves() { payload_bytes } else { 0 },
             slices: if operation.moves() { slices } else { 0 },
             extra_bytes: if operation.has_extra() { extra_bytes } else { 0 },
-        }
-    })
+        },
+    )
 }
 
 fn status() -> impl Strategy<Value = Status> {
@@ -106,7 +110,11 @@ fn lengths_beyond_the_bounds_are_refused() {
     }
     for operation in [Operation::Fetch, Operation::Admit] {
         let head = RequestHead { operation, ..good };
-        assert_eq!(decode(head), Err(WireError::Extra(0)), "it needs to name its link");
+        assert_eq!(
+            decode(head),
+            Err(WireError::Extra(0)),
+            "it needs to name its link"
+        );
     }
     for table in [(0, 0), (0, 2)] {
         let bytes = good.encode([table], &[]);
