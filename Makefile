@@ -5,6 +5,9 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 PERIGEE := $(or $(CARGO_TARGET_DIR),target)/release/perigee
 VENV := .venv
 
+# What is run again without UCX, and with another version of it than the system's.
+USES_UCX := package(transfer) | package(ucx-sys) | binary(conversation) | binary(failure) | binary(identity) | binary(operate)
+
 export PERIGEE_MODEL ?= $(CURDIR)/$(MODEL)
 
 .PHONY: demo test bench lint format build setup setup-test clean help
@@ -20,6 +23,8 @@ test: setup setup-test ## Install what the tests need, run all of them
 	$(CARGO) build --release --locked --workspace --bins --tests
 	$(PERIGEE) model pull smollm2-135m-instruct --to models
 	$(CARGO) nextest run --release --locked --workspace $(if $(CI),--profile ci) $(NEXTEST)
+	scripts/with-ucx.sh absent $(CARGO) nextest run --release --locked --workspace $(if $(CI),--profile ci) -E '$(USES_UCX)'
+	scripts/with-ucx.sh pypi $(CARGO) nextest run --release --locked --workspace $(if $(CI),--profile ci) -E '$(USES_UCX)'
 
 bench: $(MODEL) ## Measure the engine and the layer push, beside llama.cpp; writes docs/performance.md
 	python3 scripts/bench.py $(BENCH)

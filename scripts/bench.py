@@ -9,12 +9,14 @@ the folder in LLAMA_CPP_BIN. `--without-llama` leaves it out.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -31,10 +33,12 @@ CMAKE = """-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_OPENMP=ON -DBUILD_
 PREFILL = (128, 512, 2048)
 DECODE = (1, 4, 16)
 CONTEXT = 128
+# About 170, 470, 1,000 and 2,000 tokens.
+HANDOFF_WORDS = (80, 350, 730, 1400)
 
 
 def run(*command, **options):
-    print("+", *command, file=sys.stderr)
+    print("+", *(str(part)[:80] for part in command), file=sys.stderr)
     return subprocess.run([str(part) for part in command], check=True, text=True, **options)
 
 
@@ -100,24 +104,35 @@ def measure_llama(best, binaries, model, threads):
             keep_best(best, ("decode", row["pl"]), row["speed_tg"])
 
 
-def measure_push(model):
-    """Transfer time hidden behind computing, for a long prompt through a real prefill and decode process."""
-    perigee = TARGET / "release/perigee"
-    up = [perigee, "up", "-o", "json", "--model", model, "--prefill", "1", "--decode", "1", "--http-port", "0"]
-    up += ["--grpc-port", "0", "--set", "router.local_prefill_tokens_max=0", "--set", "router.policy=round_robin"]
-    text = (ROOT / "tests/golden/eighty_days.txt").read_text()
-    rows = []
+@contextlib.contextmanager
+def cluster(model, *nodes):
+    """A cluster of processes; gives the address of its router."""
+    up = [TARGET / "release/perigee", "up", "-o", "json", "--model", model, *nodes, "--http-port", "0", "--grpc-port", "0"]
+    up += ["--set", "router.local_prefill_tokens_max=0", "--set", "router.policy=round_robin"]
     with subprocess.Popen([str(part) for part in up], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
-            ready = json.loads(process.stdout.readline())
-            router = ready["grpc"].removeprefix("http://")
-            for index, words in enumerate((80, 350, 1400)):
-                # Each prompt begins elsewhere in the text, so that none finds the cache of another.
-                prompt = " ".join(text.split()[index * 4000 :][:words])
-                command = [perigee, "generate", "-o", "json", "--router", router, "--max-tokens", "16", prompt]
-                rows.append(json.loads(output(*command)))
+            yield json.loads(process.stdout.readline())["grpc"].removeprefix("http://")
         finally:
             process.terminate()
+
+
+def measure_handoff(model, rounds):
+    """Long prompts through separate prefill and decode processes, in turns with one process that does both."""
+    text = (ROOT / "tests/golden/eighty_days.txt").read_text().split()
+    rows = []
+    with cluster(model, "--prefill", "1", "--decode", "1") as apart, cluster(model, "--prefill", "0", "--decode", "1") as alone:
+        for words in HANDOFF_WORDS:
+            pairs = []
+            # The first round lets the pair introduce itself, and finds out how fast its nodes are.
+            for number in range(rounds + 1):
+                # Each prompt begins elsewhere in the text, so that none finds the cache of another.
+                prompt = " ".join(text[len(rows) * 9000 + number * 997 :][:words])
+                answers = []
+                for router in (apart, alone) if number % 2 else (alone, apart):
+                    command = [TARGET / "release/perigee", "generate", "-o", "json", "--router", router]
+                    answers.append(json.loads(output(*command, "--max-tokens", "2", prompt)))
+                pairs.append(answers if number % 2 else answers[::-1])
+            rows.append(pairs[1:])
     return rows
 
 
@@ -144,15 +159,29 @@ def engine_table(ours, theirs):
     return table(["", "Perigee, tokens/s", "llama.cpp, tokens/s", "ratio"], rows)
 
 
-def push_table(rows):
-    def cells(row):
-        report, usage = row["report"], row["usage"]
-        hidden, exposed = report["handoff_hidden_ms"], report["handoff_exposed_ms"]
-        share = f"{100 * hidden / (hidden + exposed):.0f} %" if hidden + exposed else "-"
-        moved = f"{report['handoff_bytes'] / 2**20:.1f} MiB"
-        return [usage["prompt_tokens"], moved, f"{report['prefill_ms']:.0f}", f"{hidden:.1f}", f"{exposed:.1f}", share]
+def handoff_table(rows):
+    def cells(pairs):
+        reports = [apart["report"] for apart, _ in pairs]
+        middle = lambda values: statistics.median(list(values))
+        hidden = middle(report["handoff_hidden_ms"] for report in reports)
+        exposed = middle(report["handoff_exposed_ms"] for report in reports)
+        # What a first token waits for beside the prefill itself, whose noise is larger than all of it.
+        waits = [[answer["report"]["ttft_ms"] - answer["report"]["prefill_ms"] for answer in pair] for pair in pairs]
+        fastest = [min(pair[side]["report"]["ttft_ms"] for pair in pairs) for side in (0, 1)]
+        tokens = middle(apart["usage"]["prompt_tokens"] for apart, _ in pairs)
+        return [
+            f"{tokens:.0f}",
+            f"{reports[0]['handoff_bytes'] / 2**20:.1f} MiB by {reports[-1]['transport']}",
+            f"{hidden:.1f}",
+            f"{exposed:.1f}",
+            f"{100 * hidden / (hidden + exposed):.0f} %" if hidden + exposed else "-",
+            f"{fastest[0]:.0f}",
+            f"{fastest[1]:.0f}",
+            f"{middle(wait[0] for wait in waits) - middle(wait[1] for wait in waits):.1f}",
+        ]
 
-    header = ["prompt tokens", "KV moved", "prefill, ms", "transfer hidden, ms", "transfer exposed, ms", "hidden"]
+    header = ["prompt tokens", "KV moved", "transfer hidden, ms", "exposed, ms", "hidden", "best TTFT apart, ms"]
+    header += ["best TTFT in one process, ms", "added outside of prefill, ms"]
     return table(header, map(cells, rows))
 
 
@@ -161,16 +190,21 @@ def main():
     parser.add_argument("--model", default=os.environ.get("PERIGEE_MODEL", ROOT / "models/SmolLM2-135M-Instruct.Q4_1.gguf"))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--handoff-rounds", type=int, default=7)
+    parser.add_argument("--handoff-only", action="store_true", help="print the handoff table and change nothing")
     parser.add_argument("--without-llama", action="store_true")
     arguments = parser.parse_args()
     run("cargo", "build", "--release", "--locked", "--workspace", "--bins", "--example", "bench", cwd=ROOT)
+    if arguments.handoff_only:
+        print(handoff_table(measure_handoff(arguments.model, arguments.handoff_rounds)))
+        return
     binaries = None if arguments.without_llama else llama_cpp()
     ours, theirs = {}, {}
     for _ in range(arguments.rounds):
         measure_ours(ours, arguments.model, arguments.threads)
         if binaries:
             measure_llama(theirs, binaries, arguments.model, arguments.threads)
-    push = measure_push(arguments.model)
+    handoff = measure_handoff(arguments.model, arguments.handoff_rounds)
     model = pathlib.Path(arguments.model).name
     section = f"""Measured by `make bench` on {machine()}, {arguments.threads} threads, {model}, best of {arguments.rounds} rounds in turns.
 
@@ -181,11 +215,13 @@ def main():
 llama.cpp is {PACKAGE} {VERSION} of PyPI, built with `-DGGML_NATIVE=ON -DGGML_OPENMP=ON`. Decode is at about {CONTEXT} tokens of context; its
 figures are the sums over the batch.
 
-### Layer push
+### Handoff
 
-One prefill and one decode process on this machine, built-in TCP, one request at a time.
+One prefill and one decode process on this machine, in turns with one process that does both; one request at a time, medians of
+{arguments.handoff_rounds} prompts. Transfers are written layer by layer while the next layer is computed. "Added outside of prefill" is
+how much longer a first token takes apart, without the prefill itself: RPCs, transfer that is not hidden, verification.
 
-{push_table(push)}
+{handoff_table(handoff)}
 """
     page = PAGE.read_text()
     begin, end = "<!-- begin make bench -->\n", "<!-- end make bench -->"

@@ -16,6 +16,8 @@ if [[ ${1:-build} == test ]]; then
     need etcd etcd-server
     need etcdctl etcd-client
     need ip iproute2
+    # UCX and its headers. Nothing is built with them: the tests use the one and compare bindings with the others.
+    [[ -e /usr/include/ucp/api/ucp.h ]] || missing+=(libucx0 libucx-dev)
 fi
 
 if ((${#missing[@]})); then

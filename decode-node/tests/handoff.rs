@@ -273,6 +273,7 @@ impl Peer {
             prefill_ms: 1.0,
             handoff_hidden_ms: 0.5,
             handoff_exposed_ms: 0.25,
+            transport: "ucx".to_owned(),
             ..v1::PrefillLanded::default()
         };
         Computed {
@@ -374,7 +375,7 @@ async fn tokens_after_a_handoff_equal_the_monoliths(#[case] behaviour: Behaviour
             (report.prefill_node.as_str(), report.decode_node.as_str()),
             ("prefill-0", "decode-0")
         );
-        assert_eq!(report.transport, "tcp");
+        assert_eq!(report.transport, "ucx", "as the prefill node says");
         assert!(report.queue_ms > 0.0 && report.prefill_ms == 1.0);
     }
     assert_eq!(handoffs(&node, "adopted"), 24.0);
