@@ -10,10 +10,10 @@ USES_UCX := package(transfer) | package(ucx-sys) | binary(conversation) | binary
 
 export PERIGEE_MODEL ?= $(CURDIR)/$(MODEL)
 
-.PHONY: demo test bench lint format build setup setup-test clean help
+.PHONY: demo test bench bench-transfer lint format build setup setup-test clean help
 
 help: ## Show the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: build $(MODEL) ## A real model answers through separate prefill and decode processes
 	$(PERIGEE) demo --model $(MODEL)
@@ -28,6 +28,9 @@ test: setup setup-test ## Install what the tests need, run all of them
 
 bench: $(MODEL) ## Measure the engine and the layer push, beside llama.cpp; writes docs/performance.md
 	python3 scripts/bench.py $(BENCH)
+
+bench-transfer: setup ## Measure transfers beside bare TCP, ucx_perftest and Mooncake; writes docs/performance.md
+	python3 scripts/bench_transfer.py $(BENCH)
 
 lint: setup ## Formatting, clippy, documentation, dependency rules
 	$(CARGO) fmt --all --check
