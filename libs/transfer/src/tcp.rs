@@ -98,7 +98,7 @@ pub struct Config {
     pub peers_max: NonZeroUsize,
     /// Connections from peers. Further ones are closed at once.
     pub served_connections_max: NonZeroUsize,
-    /// Largest payload of one request; at most 64 MiB.
+    /// Largest payload of one request over TCP; at most 64 MiB. Requests whose payload UCX moves may be larger.
     pub part_bytes: NonZeroUsize,
     /// How long the set-up of a connection may take.
     pub connect_timeout: Duration,
@@ -123,11 +123,12 @@ impl Default for Config {
             peers_max: count(4096),
             // Four from each of 256 peers; each holds a buffer of 64 KiB.
             served_connections_max: count(1024),
-            // Large against the cost of a request, small against what several connections can share.
-            part_bytes: count(4 << 20),
+            // Large against the cost of a request, and small enough that what is between the two sockets stays in the
+            // processor's caches where both ends are on one machine. Four of them fill 100 Gbit/s over 150 µs.
+            part_bytes: count(512 << 10),
             // One lost SYN is sent again after a second.
             connect_timeout: Duration::from_secs(3),
-            // 4 MiB in 10 s is slower than any network worth a transfer.
+            // 8 MiB in 10 s is slower than any network worth a transfer.
             request_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(300),
             ucx: ucx::Config::default(),

@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use futures::future::BoxFuture;
-use futures::{FutureExt, TryStreamExt, stream as streams};
+use futures::FutureExt;
+use futures::future::{BoxFuture, try_join_all};
 use prost::Message;
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -245,11 +245,17 @@ async fn requests(shared: &Arc<Shared>, job: &Job, slices: &[Slice]) -> Result<(
     let parts = split(slices, limits);
     let requests = parts.len() as u64;
     let bytes = parts.iter().map(|part| part.bytes).sum();
-    streams::iter(parts.iter().map(Ok))
-        .try_for_each_concurrent(shared.config.connections_per_peer.get(), |part| {
-            request(shared, job, link.as_ref(), part)
-        })
-        .await?;
+    // Joined as a list: `FuturesUnordered` wakes its task, and with it another worker, after every poll in which all
+    // of its futures wait.
+    let lanes = shared.config.connections_per_peer.get().min(parts.len());
+    let (next, link) = (AtomicUsize::new(0), link.as_ref());
+    let lanes = (0..lanes).map(|_| async {
+        while let Some(part) = parts.get(next.fetch_add(1, Relaxed)) {
+            request(shared, job, link, part).await?;
+        }
+        Ok::<_, TransferError>(())
+    });
+    try_join_all(lanes).await?;
     Ok((requests, bytes))
 }
 
