@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::{Semaphore, watch};
 use transfer::{RegionId, RemoteRegion, TransferError, Transport};
+use twox_hash::XxHash3_64;
 use types::layout::LayoutError;
 use types::{
     BlockDescriptor, BlockHash, BlockId, Checksum, Epoch, ErrorCode, Generation, KvLayout, KvSpace, Memory,
@@ -393,7 +394,7 @@ impl Store {
             self.inner.memory.as_ref(),
             block.0 as usize * bytes,
             bytes,
-            xxhash_rust::xxh3::xxh3_64,
+            XxHash3_64::oneshot,
         );
         Checksum(hashed.expect("blocks are inside the pool, and the pool is host memory"))
     }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use transfer::{Mover, TcpTransport, Transport, memory};
 use types::{Epoch, Memory};
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use crate::{Result, TransportArguments, usage};
 
@@ -127,7 +127,7 @@ fn sink(mut stream: TcpStream, memory: &mut [u8]) -> Result<()> {
 /// The hash of each range, given by offset and length.
 pub(crate) fn hashes(pool: &dyn Memory, ranges: &[(u64, u64)]) -> Result<Vec<u64>> {
     let hash = |&(offset, len): &(u64, u64)| {
-        let hash = memory::with_bytes(pool, offset as usize, len as usize, xxh3_64)?;
+        let hash = memory::with_bytes(pool, offset as usize, len as usize, XxHash3_64::oneshot)?;
         Ok(hash)
     };
     ranges.iter().map(hash).collect()
