@@ -24,8 +24,8 @@ use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 use transfer::memory::copy_out;
 use transfer::{RegionId, RemoteRegion, Slice, TcpTransport, TransferBatch, TransferError, Transport};
-use types::{Epoch, Error, ErrorCode, SamplingParams, Token};
 use twox_hash::XxHash3_64;
+use types::{Epoch, Error, ErrorCode, SamplingParams, Token};
 
 /// How the prefill node behaves once it has the prompt.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -263,7 +263,10 @@ impl Peer {
         };
         let landed = v1::PrefillLanded {
             transfer_id: offer.transfer_id,
-            checksums: slices.iter().map(|slice| XxHash3_64::oneshot(&bytes(slice))).collect(),
+            checksums: slices
+                .iter()
+                .map(|slice| XxHash3_64::oneshot(&bytes(slice)))
+                .collect(),
             first_token: sampled.token,
             logprob: sampled
                 .logprob

@@ -133,7 +133,15 @@ fn checksums_are_those_of_the_reference_implementation(#[case] bytes: usize, #[c
     space.layout.block_tokens = BLOCK_TOKENS * bytes / space.layout.block_bytes();
     let transport = MemNetwork::new(0, Faults::default()).join("lonely", Epoch(1));
     let memory = HostMemory::allocate(bytes).unwrap();
-    let store = Store::new(Config::default(), space, Epoch(1), memory, transport, &node::Metrics::new()).unwrap();
+    let store = Store::new(
+        Config::default(),
+        space,
+        Epoch(1),
+        memory,
+        transport,
+        &node::Metrics::new(),
+    )
+    .unwrap();
     let block = one_block(&store);
     write(&store, block.block(), &pattern.take(bytes).collect::<Vec<_>>());
     assert_eq!(store.checksum(block.block()), Checksum(expected));

@@ -56,6 +56,7 @@ mod client;
 mod link;
 mod linking;
 mod messages;
+mod request;
 mod served;
 mod server;
 mod stream;

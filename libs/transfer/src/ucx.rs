@@ -13,8 +13,9 @@
 //! a socket, so pairs that have nothing else use the built-in transport.
 //!
 //! Elsewhere: the conversation between nodes (`tcp`), the thread that calls the library (`driver.rs`), the calls
-//! (`worker.rs`).
+//! (`worker.rs`, `context.rs`).
 
+mod context;
 mod driver;
 mod lanes;
 mod maps;

@@ -59,6 +59,9 @@ struct TransportArguments {
     /// Largest payload of one request, if not the default.
     #[arg(long)]
     part_bytes: Option<std::num::NonZeroUsize>,
+    /// How long the thread that drives UCX spins, if not the default.
+    #[arg(long)]
+    ucx_spin_us: Option<u64>,
     /// How much memory is registered.
     #[arg(long, default_value_t = 256 << 20)]
     pool_bytes: usize,
@@ -80,6 +83,9 @@ impl TransportArguments {
             Choice::Ucx => ucx::Choice::Ucx,
         };
         config.ucx.library.clone_from(&self.ucx_library);
+        if let Some(spin_us) = self.ucx_spin_us {
+            config.ucx.spin = std::time::Duration::from_micros(spin_us);
+        }
         config.ucx.settings = self.ucx_setting.iter().cloned().collect();
         config.connections_per_peer = self.connections.unwrap_or(config.connections_per_peer);
         config.part_bytes = self.part_bytes.unwrap_or(config.part_bytes);

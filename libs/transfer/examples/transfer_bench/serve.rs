@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use transfer::{Mover, TcpTransport, Transport, memory};
-use types::{Epoch, Memory};
 use twox_hash::XxHash3_64;
+use types::{Epoch, Memory};
 
 use crate::{Result, TransportArguments, usage};
 

@@ -1,34 +1,26 @@
 //! The side that asks: splits batches, keeps connections, and ends every batch within its deadline.
 
 use std::collections::HashMap;
-use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, try_join_all};
-use prost::Message;
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
-use types::{Epoch, Memory, MemoryKind};
 
-use super::link::{Link, Pull};
 use super::linking::{self, Linking};
-use super::messages::{self, Exposure, Source, Visit};
+use super::request::{Job, request};
 use super::stream;
-use super::wire::{
-    self, ANSWER_HEAD_BYTES, AnswerHead, EXTRA_BYTES_MAX, Operation, PAYLOAD_BYTES_MAX, RequestHead, Status,
-};
+use super::wire::{self, Operation, PAYLOAD_BYTES_MAX};
 use super::{SCHEME, Shared, UCX};
 use crate::TransferError;
 use crate::barrier::Barrier;
-use crate::cursor::Cursor;
-use crate::split::{Limits, Part, split};
+use crate::split::{Limits, split};
 use crate::stats::Stats;
-use crate::transport::{Keep, RemoteRegion, Slice, TransferBatch, TransferStats, check_batch};
-use crate::ucx::{Choice, UcxError};
+use crate::transport::{Slice, TransferBatch, TransferStats, check_batch};
 
 /// A request over UCX is cheap beside its bytes, and a large one can be shared by the peer's threads.
 const UCX_PART_BYTES: u64 = 8 << 20;
@@ -62,33 +54,13 @@ pub(super) struct Peer {
 
 /// A connection in use. Unless given back it is reset, because a request may be half way through it.
 pub(super) struct Connection {
-    peer: Arc<Peer>,
+    pub(super) peer: Arc<Peer>,
     stream: Option<TcpStream>,
     /// It served before, so the peer may have closed it meanwhile.
     reused: bool,
     /// The peer's token when this was taken.
     torn_down: CancellationToken,
     _permit: OwnedSemaphorePermit,
-}
-
-/// What all requests of a batch have in common.
-struct Job {
-    peer: Arc<Peer>,
-    memory: Arc<dyn Memory>,
-    /// `Write` or `Read`.
-    operation: Operation,
-    remote: RemoteRegion,
-    keep: Keep,
-    /// Whether some bytes went over TCP.
-    some_inline: AtomicBool,
-}
-
-/// One try of a request that came to nothing.
-pub(super) enum Failure {
-    /// The connection broke.
-    Connection(io::Error),
-    /// Another connection would not help.
-    Final(TransferError),
 }
 
 /// Begins a batch; see [`crate::Transport::write`] and [`crate::Transport::read`].
@@ -259,292 +231,6 @@ async fn requests(shared: &Arc<Shared>, job: &Job, slices: &[Slice]) -> Result<(
     Ok((requests, bytes))
 }
 
-/// How a part goes.
-enum Way {
-    Inline,
-    Ucx(Arc<Link>),
-}
-
-/// Carries out one request, through UCX where there is a link, inline where there is none or it breaks.
-async fn request(
-    shared: &Shared,
-    job: &Job,
-    link: Option<&Arc<Link>>,
-    part: &Part,
-) -> Result<(), TransferError> {
-    if let Some(link) = link {
-        match request_on(shared, job, &Way::Ucx(link.clone()), part).await? {
-            Answered::Done => return Ok(()),
-            Answered::Broken(why) => {
-                job.peer.linking.broke(link, &why);
-                if shared.config.ucx.choice == Choice::Ucx || job.memory.kind() != MemoryKind::Host {
-                    return Err(TransferError::Ucx {
-                        endpoint: job.remote.endpoint.clone(),
-                        reason: why,
-                    });
-                }
-            }
-        }
-    }
-    job.some_inline.store(true, Relaxed);
-    match request_on(shared, job, &Way::Inline, part).await? {
-        Answered::Done => Ok(()),
-        Answered::Broken(reason) => Err(TransferError::Protocol {
-            endpoint: job.remote.endpoint.clone(),
-            reason,
-        }),
-    }
-}
-
-/// How a request that was not refused ended.
-enum Answered {
-    Done,
-    /// The link does not work. Nothing is on its way.
-    Broken(String),
-}
-
-/// It is tried once more if it failed on a connection that had served before: most likely the peer closed that one,
-/// and a request that is repeated puts the same bytes at the same place.
-async fn request_on(shared: &Shared, job: &Job, way: &Way, part: &Part) -> Result<Answered, TransferError> {
-    let remote = &job.remote;
-    let mut tries_left = 2;
-    loop {
-        tries_left -= 1;
-        let connection = job.peer.connection(shared).await?;
-        let tried = match way {
-            Way::Inline => {
-                let mut cursor = job.cursor(part)?;
-                let head = job.head(job.operation, part, 0);
-                exchange(connection.stream()?, &head, &part.slices, &mut cursor, remote)
-                    .await
-                    .map(|status| (status, Vec::new()))
-            }
-            Way::Ucx(link) => {
-                let (operation, extra) = job.by_ucx(shared, link, part)?;
-                let extra_bytes = u32::try_from(extra.len()).unwrap_or(u32::MAX);
-                ask(
-                    &connection,
-                    &job.head(operation, part, extra_bytes),
-                    &part.slices,
-                    &extra,
-                )
-                .await
-            }
-        };
-        let (status, answer) = match tried {
-            Ok(answered) => answered,
-            Err(Failure::Connection(_)) if connection.reused && tries_left > 0 => {
-                job.peer.forget_idle();
-                continue;
-            }
-            Err(Failure::Connection(error)) => {
-                return Err(TransferError::ConnectionLost {
-                    endpoint: remote.endpoint.clone(),
-                    reason: error.to_string(),
-                });
-            }
-            Err(Failure::Final(error)) => return Err(error),
-        };
-        connection.give_back();
-        return match (way, status) {
-            (Way::Ucx(_), Status::NoLink) => Ok(Answered::Broken("the peer has no such link".into())),
-            (Way::Ucx(_), Status::NotMoved) => Ok(Answered::Broken("UCX failed at the peer".into())),
-            (Way::Ucx(link), Status::Done) if job.operation == Operation::Read => {
-                Ok(match job.visit(link, &answer, part).await {
-                    Ok(()) => Answered::Done,
-                    Err(error) => Answered::Broken(error.to_string()),
-                })
-            }
-            (Way::Inline | Way::Ucx(_), status) => {
-                done_or_refused(status, remote, &part.slices).map(|()| Answered::Done)
-            }
-        };
-    }
-}
-
-impl Job {
-    fn head(&self, operation: Operation, part: &Part, extra_bytes: u32) -> RequestHead {
-        RequestHead {
-            operation,
-            id: self.peer.next_request(),
-            epoch: self.remote.epoch.0,
-            key: self.remote.key,
-            payload_bytes: part.bytes,
-            slices: u32::try_from(part.slices.len()).expect("`split` keeps to SLICES_MAX"),
-            extra_bytes,
-        }
-    }
-
-    fn cursor(&self, part: &Part) -> Result<Cursor, TransferError> {
-        if self.memory.kind() != MemoryKind::Host {
-            let kind = self.memory.kind();
-            return Err(TransferError::UnsupportedMemory { kind });
-        }
-        let local = part.slices.iter().map(|slice| (slice.local_offset, slice.len));
-        Cursor::new(self.memory.clone(), local).map_err(|(offset, len)| TransferError::OutOfBounds {
-            offset,
-            len,
-            region_bytes: self.memory.len() as u64,
-        })
-    }
-
-    /// What asks for the part through UCX.
-    fn by_ucx(
-        &self,
-        shared: &Shared,
-        link: &Link,
-        part: &Part,
-    ) -> Result<(Operation, Vec<u8>), TransferError> {
-        let failed = |reason: String| TransferError::Ucx {
-            endpoint: self.remote.endpoint.clone(),
-            reason,
-        };
-        if self.operation == Operation::Read {
-            return Ok((Operation::Admit, Visit { link: link.id }.encode_to_vec()));
-        }
-        let ucx = shared.ucx.as_ref().map_err(|reason| failed(reason.clone()))?;
-        let exposed = ucx
-            .expose(&self.memory)
-            .map_err(|error| failed(error.to_string()))?;
-        let source = Source {
-            link: link.id,
-            memory: Some(exposed.into()),
-            offsets: part.slices.iter().map(|slice| slice.local_offset).collect(),
-        };
-        if !messages::fits(&source) {
-            return Err(failed("a request with too many slices for UCX".to_owned()));
-        }
-        Ok((Operation::Fetch, source.encode_to_vec()))
-    }
-
-    /// Reads bytes of the peer, which has admitted it.
-    async fn visit(&self, link: &Link, answer: &[u8], part: &Part) -> Result<(), UcxError> {
-        let exposure: Exposure = messages::read(answer).map_err(|error| UcxError::new(error.to_string()))?;
-        let window = link.window(&exposure.into()).await?;
-        let run = |slice: &Slice| (slice.remote_offset, slice.local_offset, slice.len);
-        let runs: Vec<_> = part.slices.iter().map(run).collect();
-        let pull = Pull {
-            window: &window,
-            memory: &self.memory,
-            runs: &runs,
-            grant: None,
-            keep: self.keep.clone(),
-        };
-        link.pull(pull, || false).await.map(drop)
-    }
-}
-
-/// Sends a request, and takes an answer with what follows it. For requests whose payload is not inline.
-pub(super) async fn ask(
-    connection: &Connection,
-    head: &RequestHead,
-    slices: &[Slice],
-    extra: &[u8],
-) -> Result<(Status, Vec<u8>), Failure> {
-    let stream = connection.stream().map_err(Failure::Final)?;
-    let table = slices.iter().map(|slice| (slice.remote_offset, slice.len));
-    stream::send_head(stream, &head.encode(table, extra)).await?;
-    let answer = receive_answer(stream, head, &connection.peer.endpoint).await?;
-    let follows = usize::try_from(answer.payload_bytes).unwrap_or(usize::MAX);
-    if follows > EXTRA_BYTES_MAX {
-        return Err(violation(
-            &connection.peer.endpoint,
-            format!("{follows} bytes follow an answer, more than {EXTRA_BYTES_MAX}"),
-        ));
-    }
-    let mut behind = vec![0; follows];
-    stream::receive_exact(stream, &mut behind).await?;
-    Ok((answer.status, behind))
-}
-
-/// Sends a request, and takes its answer, to the last byte of both.
-async fn exchange(
-    stream: &TcpStream,
-    head: &RequestHead,
-    slices: &[Slice],
-    cursor: &mut Cursor,
-    remote: &RemoteRegion,
-) -> Result<Status, Failure> {
-    let table = slices.iter().map(|slice| (slice.remote_offset, slice.len));
-    let request = head.encode(table, &[]);
-    if head.operation == Operation::Write {
-        stream::send(stream, &request, cursor, None).await?;
-    } else {
-        stream::send_head(stream, &request).await?;
-    }
-    let answer = receive_answer(stream, head, &remote.endpoint).await?;
-    let follows = match (head.operation, answer.status) {
-        (Operation::Read, Status::Done) => head.payload_bytes,
-        _ => 0,
-    };
-    if answer.payload_bytes != follows {
-        return Err(violation(
-            &remote.endpoint,
-            format!("{} payload bytes instead of {follows}", answer.payload_bytes),
-        ));
-    }
-    if follows > 0 {
-        stream::receive_payload(stream, cursor, None).await?;
-    }
-    Ok(answer.status)
-}
-
-async fn receive_answer(
-    stream: &TcpStream,
-    head: &RequestHead,
-    endpoint: &str,
-) -> Result<AnswerHead, Failure> {
-    let mut answer = [0; ANSWER_HEAD_BYTES];
-    stream::receive_exact(stream, &mut answer).await?;
-    let answer = AnswerHead::decode(&answer).map_err(|error| violation(endpoint, error.to_string()))?;
-    if answer.id != head.id {
-        return Err(violation(
-            endpoint,
-            format!("an answer to request {} instead of {}", answer.id, head.id),
-        ));
-    }
-    Ok(answer)
-}
-
-fn violation(endpoint: &str, reason: String) -> Failure {
-    Failure::Final(TransferError::Protocol {
-        endpoint: endpoint.to_owned(),
-        reason,
-    })
-}
-
-fn done_or_refused(status: Status, remote: &RemoteRegion, slices: &[Slice]) -> Result<(), TransferError> {
-    let (endpoint, key) = (remote.endpoint.clone(), remote.key);
-    Err(match status {
-        Status::Done => return Ok(()),
-        Status::UnknownKey => TransferError::UnknownKey { endpoint, key },
-        Status::Denied => TransferError::Denied { endpoint, key },
-        Status::StaleEpoch { current } => TransferError::Fenced {
-            endpoint,
-            epoch: remote.epoch,
-            current: Epoch(current),
-        },
-        Status::NoLink | Status::NotMoved => TransferError::Protocol {
-            endpoint,
-            reason: "an answer about UCX to a request without it".into(),
-        },
-        Status::OutOfRange { slice } => {
-            let slice = usize::try_from(slice).ok().and_then(|slice| slices.get(slice));
-            match slice {
-                Some(slice) => TransferError::OutOfRange {
-                    endpoint,
-                    offset: slice.remote_offset,
-                    len: slice.len,
-                },
-                None => TransferError::Protocol {
-                    endpoint,
-                    reason: "refused a slice that was not asked for".into(),
-                },
-            }
-        }
-    })
-}
-
 impl Peers {
     fn get(&self, shared: &Shared, endpoint: &str) -> Result<Arc<Peer>, TransferError> {
         let mut peers = self.map();
@@ -680,7 +366,7 @@ impl Peer {
         None
     }
 
-    fn forget_idle(&self) {
+    pub(super) fn forget_idle(&self) {
         self.idle().clear();
     }
 
@@ -699,7 +385,7 @@ impl Connection {
         self.reused
     }
 
-    fn stream(&self) -> Result<&TcpStream, TransferError> {
+    pub(super) fn stream(&self) -> Result<&TcpStream, TransferError> {
         self.stream.as_ref().ok_or(TransferError::Closed)
     }
 
@@ -719,11 +405,5 @@ impl Drop for Connection {
         if let Some(stream) = &self.stream {
             stream::reset_on_drop(stream);
         }
-    }
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Self::Connection(error)
     }
 }

@@ -12,9 +12,10 @@ use tokio::time::{Instant, timeout};
 use types::Memory;
 
 use super::Shared;
-use super::client::{Failure, Peer, ask};
+use super::client::Peer;
 use super::link::Link;
 use super::messages::{self, Introduced, Introduction};
+use super::request::{Failure, ask};
 use super::wire::{Operation, RequestHead, Status};
 use crate::ucx::{Choice, Ucx, UcxError};
 

@@ -4,8 +4,8 @@
 //! runtime cannot hold up transfers. What a get writes to stays as it is until the get has ended: its `held` is dropped
 //! then, and not before.
 //!
-//! The thread spins for [`super::Config::spin`] after the last event, then arms the worker's event descriptor and sleeps
-//! on it and on the queue's. An endless spin would take a core from the engine; no spin would put a wake-up (30 to 150 µs
+//! The thread spins for [`super::Config::spin`] after the last event, then arms the workers' event descriptors and sleeps
+//! on them and on the queue's. An endless spin would take a core from the engine; no spin would put a wake-up (30 to 150 µs
 //! on virtual machines) before each of the calls that follow one another. Shared memory does not pass through here at
 //! all: whoever wants bytes copies them.
 //!
@@ -284,7 +284,7 @@ impl Queue {
     fn sleep_until_rung(&self) {
         self.sleeping.store(true, SeqCst);
         if self.commands().is_empty() {
-            wait_for([self.bell.0.as_raw_fd(), -1], SLEEP_MAX);
+            wait_for([self.bell.0.as_raw_fd(), -1, -1], SLEEP_MAX);
         }
         self.sleeping.store(false, SeqCst);
         self.bell.silence();
@@ -296,22 +296,23 @@ fn sleep(worker: &mut Worker, queue: &Queue) {
     queue.sleeping.store(true, SeqCst);
     // A command that came before the flag was seen rings no bell. An event that came before the arming shows in `arm`.
     if queue.commands().is_empty() && worker.arm() {
-        wait_for([queue.bell.0.as_raw_fd(), worker.event_descriptor()], SLEEP_MAX);
+        let [asking, answering] = worker.event_descriptors();
+        wait_for([queue.bell.0.as_raw_fd(), asking, answering], SLEEP_MAX);
     }
     queue.sleeping.store(false, SeqCst);
     queue.bell.silence();
 }
 
 /// Waits until one of the descriptors can be read, where negative ones are none. Errors end it like an event would.
-fn wait_for(descriptors: [RawFd; 2], timeout: Duration) {
+fn wait_for(descriptors: [RawFd; 3], timeout: Duration) {
     let mut polled = descriptors.map(|fd| libc::pollfd {
         fd,
         events: libc::POLLIN,
         revents: 0,
     });
     let timeout_ms = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
-    // SAFETY: two initialised entries, and their number.
-    unsafe { libc::poll(polled.as_mut_ptr(), 2, timeout_ms) };
+    // SAFETY: initialised entries, and their number.
+    unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout_ms) };
 }
 
 /// Wakes the driver.

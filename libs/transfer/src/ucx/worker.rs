@@ -1,4 +1,4 @@
-//! Every call of the library, and the handles it gave out. All of it belongs to the driver's thread.
+//! Endpoints, windows and gets, and the calls of the library behind them. All of it belongs to the driver's thread.
 //!
 //! Invariant: an operation that was begun ends in [`ended`], once, which frees its request; what it needs lives until
 //! then. An endpoint's error only sets a flag: the endpoint is closed from the loop, never from inside the library.
@@ -6,27 +6,29 @@
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
-use std::ffi::{CString, c_void};
+use std::ffi::c_void;
 use std::mem::zeroed;
 use std::os::fd::RawFd;
-use std::ptr::{self, null, null_mut};
+use std::ptr::{self, null_mut};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use ucx_sys::{Begun, Library};
 
+use super::context::{Handle, Memories, check, memory_type};
 use super::driver::{Command, Connected, EndpointId, Mapped, MemoryId, Opened, Reply, Run, WindowId};
 use super::{UcxError, lanes};
 
-/// Allocation methods that give zeroed pages, those that peers can map first.
-const ZEROED_METHODS: &str = "md:sysv,md:posix,mmap";
-
-/// One context with one worker.
+/// One context with two workers.
+///
+/// With one, an endpoint to a peer that connected first would be the one that UCX made for the peer's messages, whose
+/// lanes reach nothing but what those need: no mapped memory, for example. So all endpoints begin at `asking` and end
+/// at the peers' `answering`, which only lets the library answer.
 pub(super) struct Worker {
     memories: Memories,
-    worker: ucx_sys::ucp_worker_h,
-    event_descriptor: RawFd,
+    asking: Handle,
+    answering: Handle,
     endpoints: HashMap<EndpointId, Endpoint>,
     windows: HashMap<WindowId, (EndpointId, ucx_sys::ucp_rkey_h)>,
     next_id: u64,
@@ -34,13 +36,6 @@ pub(super) struct Worker {
     ended: Rc<RefCell<VecDeque<Ended>>>,
     /// Set when some endpoint failed.
     some_failed: Rc<Cell<bool>>,
-}
-
-/// The context and the memory it knows. Outlives the worker where memory does.
-pub(super) struct Memories {
-    library: Arc<Library>,
-    context: ucx_sys::ucp_context_h,
-    mapped: HashMap<MemoryId, ucx_sys::ucp_mem_h>,
 }
 
 struct Endpoint {
@@ -144,60 +139,39 @@ impl Pending {
 }
 
 impl Worker {
-    /// Opens the library's context and its worker; also returns the worker's address.
+    /// Opens the library's context and its workers; also returns the address at which peers find it.
     pub(super) fn open(
         library: Arc<Library>,
         settings: &[(String, String)],
     ) -> Result<(Self, Vec<u8>), UcxError> {
-        let context = open_context(&library, settings)?;
-        let memories = Memories {
-            library,
-            context,
-            mapped: HashMap::new(),
-        };
-        let library = &memories.library;
-        // SAFETY: all-zero is a valid value of this plain struct; the mask says which fields are set.
-        let mut params: ucx_sys::ucp_worker_params_t = unsafe { zeroed() };
-        params.field_mask = u64::from(ucx_sys::UCP_WORKER_PARAM_FIELD_THREAD_MODE);
-        params.thread_mode = ucx_sys::UCS_THREAD_MODE_SINGLE;
-        let mut worker = null_mut();
-        // SAFETY: a valid context, parameters that live during the call, and a place for the result.
-        let status = unsafe { library.ucp_worker_create(context, &raw const params, &raw mut worker) };
-        check(library, "ucp_worker_create", status)?;
-        let mut event_descriptor = -1;
-        // SAFETY: a valid worker, of a context with the wake-up feature.
-        let status = unsafe { library.ucp_worker_get_efd(worker, &raw mut event_descriptor) };
-        check(library, "ucp_worker_get_efd", status)?;
-        let (mut address, mut bytes) = (null_mut(), 0);
-        // SAFETY: a valid worker, and places for the results.
-        let status = unsafe { library.ucp_worker_get_address(worker, &raw mut address, &raw mut bytes) };
-        check(library, "ucp_worker_get_address", status)?;
-        // SAFETY: the library just said that `bytes` bytes are there.
-        let copied = unsafe { std::slice::from_raw_parts(address.cast::<u8>(), bytes) }.to_vec();
-        // SAFETY: the address is of this worker, and not used any more.
-        unsafe { library.ucp_worker_release_address(worker, address) };
+        let memories = Memories::open(library, settings)?;
+        let asking = Handle::open(&memories)?;
+        let answering = Handle::open(&memories)?;
+        let address = answering.address(&memories.library)?;
         let opened = Self {
             memories,
-            worker,
-            event_descriptor,
+            asking,
+            answering,
             endpoints: HashMap::new(),
             windows: HashMap::new(),
             next_id: 1,
             ended: Rc::default(),
             some_failed: Rc::default(),
         };
-        Ok((opened, copied))
+        Ok((opened, address))
     }
 
     /// Lets the library work, and looks at what ended. Returns whether there was anything.
     pub(super) fn progress(&mut self, rounds_max: usize) -> bool {
         let mut busy = false;
-        for _ in 0..rounds_max {
-            // SAFETY: the worker of this thread.
-            if unsafe { self.library().ucp_worker_progress(self.worker) } == 0 {
-                break;
+        for worker in [self.asking.worker, self.answering.worker] {
+            for _ in 0..rounds_max {
+                // SAFETY: a worker of this thread.
+                if unsafe { self.library().ucp_worker_progress(worker) } == 0 {
+                    break;
+                }
+                busy = true;
             }
-            busy = true;
         }
         loop {
             let ended = self.ended.borrow_mut().pop_front();
@@ -222,13 +196,18 @@ impl Worker {
 
     /// Prepares for sleep. False if there is something to do first.
     pub(super) fn arm(&mut self) -> bool {
-        // SAFETY: the worker of this thread.
-        let status = unsafe { self.library().ucp_worker_arm(self.worker) };
-        status == ucx_sys::UCS_OK
+        [self.asking.worker, self.answering.worker]
+            .into_iter()
+            .all(|worker| {
+                // SAFETY: a worker of this thread.
+                let status = unsafe { self.library().ucp_worker_arm(worker) };
+                status == ucx_sys::UCS_OK
+            })
     }
 
-    pub(super) fn event_descriptor(&self) -> RawFd {
-        self.event_descriptor
+    /// What becomes readable when there is something to do.
+    pub(super) fn event_descriptors(&self) -> [RawFd; 2] {
+        [self.asking.event_descriptor, self.answering.event_descriptor]
     }
 
     /// Carries out a command.
@@ -285,8 +264,10 @@ impl Worker {
     pub(super) fn end(mut self) -> Memories {
         let windows: Vec<WindowId> = self.windows.keys().copied().collect();
         windows.into_iter().for_each(|window| self.forget(window));
-        // SAFETY: the worker of this thread; its endpoints are closed, and nobody uses it afterwards.
-        unsafe { self.library().ucp_worker_destroy(self.worker) };
+        for worker in [self.asking.worker, self.answering.worker] {
+            // SAFETY: a worker of this thread; its endpoints are closed, and nobody uses it afterwards.
+            unsafe { self.library().ucp_worker_destroy(worker) };
+        }
         self.memories
     }
 
@@ -327,7 +308,7 @@ impl Worker {
         // SAFETY: the parameters live during the call; the state lives until the endpoint is closed.
         let status = unsafe {
             self.library()
-                .ucp_ep_create(self.worker, &raw const params, &raw mut handle)
+                .ucp_ep_create(self.asking.worker, &raw const params, &raw mut handle)
         };
         if let Err(error) = check(self.library(), "ucp_ep_create", status) {
             let _ = reply.send(Err(error));
@@ -493,133 +474,6 @@ impl Worker {
     }
 }
 
-impl Memories {
-    pub(super) fn is_empty(&self) -> bool {
-        self.mapped.is_empty()
-    }
-
-    fn map(
-        &mut self,
-        id: MemoryId,
-        base: *mut c_void,
-        bytes: usize,
-        device: bool,
-    ) -> Result<Mapped, UcxError> {
-        let library = &self.library;
-        // SAFETY: all-zero is a valid value of this plain struct; the mask says which fields are set.
-        let mut params: ucx_sys::ucp_mem_map_params_t = unsafe { zeroed() };
-        params.field_mask = u64::from(
-            ucx_sys::UCP_MEM_MAP_PARAM_FIELD_ADDRESS
-                | ucx_sys::UCP_MEM_MAP_PARAM_FIELD_LENGTH
-                | ucx_sys::UCP_MEM_MAP_PARAM_FIELD_FLAGS
-                | ucx_sys::UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
-        );
-        params.address = base;
-        params.length = bytes;
-        params.flags = if base.is_null() {
-            ucx_sys::UCP_MEM_MAP_ALLOCATE
-        } else {
-            0
-        };
-        params.memory_type = memory_type(device);
-        let mut handle = null_mut();
-        // SAFETY: an open context; the memory, where it is not the library's own, lives until it is unmapped.
-        let status = unsafe { library.ucp_mem_map(self.context, &raw const params, &raw mut handle) };
-        check(library, "ucp_mem_map", status)?;
-        // From here on `unmap` gives it back.
-        self.mapped.insert(id, handle);
-        let described = describe_memory(library, self.context, handle);
-        if described.is_err() {
-            self.unmap(id);
-        }
-        let (base, packed_key) = described?;
-        Ok(Mapped { id, base, packed_key })
-    }
-
-    pub(super) fn unmap(&mut self, id: MemoryId) {
-        if let Some(handle) = self.mapped.remove(&id) {
-            // SAFETY: mapped in this context, and its owner lets it go.
-            let status = unsafe { self.library.ucp_mem_unmap(self.context, handle) };
-            if status != ucx_sys::UCS_OK {
-                tracing::warn!(error = self.library.explain(status), "ucx did not unmap memory");
-            }
-        }
-    }
-
-    /// Closes the context. No memory may be left.
-    pub(super) fn end(self) {
-        // SAFETY: its worker and all its memory are gone, and nobody uses it afterwards.
-        unsafe { self.library.ucp_cleanup(self.context) };
-    }
-}
-
-/// Where memory lies, and its packed key.
-fn describe_memory(
-    library: &Library,
-    context: ucx_sys::ucp_context_h,
-    handle: ucx_sys::ucp_mem_h,
-) -> Result<(usize, Vec<u8>), UcxError> {
-    // SAFETY: all-zero is a valid value of this plain struct; the mask says what is asked for.
-    let mut attributes: ucx_sys::ucp_mem_attr_t = unsafe { zeroed() };
-    attributes.field_mask = u64::from(ucx_sys::UCP_MEM_ATTR_FIELD_ADDRESS);
-    // SAFETY: mapped memory, and a place for the answer.
-    let status = unsafe { library.ucp_mem_query(handle, &raw mut attributes) };
-    check(library, "ucp_mem_query", status)?;
-    let (mut packed, mut bytes) = (null_mut(), 0);
-    // SAFETY: mapped memory of this context, and places for the results.
-    let status = unsafe { library.ucp_rkey_pack(context, handle, &raw mut packed, &raw mut bytes) };
-    check(library, "ucp_rkey_pack", status)?;
-    // SAFETY: the library just said that `bytes` bytes are there.
-    let copied = unsafe { std::slice::from_raw_parts(packed.cast_const().cast::<u8>(), bytes) }.to_vec();
-    // SAFETY: packed above, and not used any more.
-    unsafe { library.ucp_rkey_buffer_release(packed) };
-    Ok((attributes.address.expose_provenance(), copied))
-}
-
-fn open_context(
-    library: &Library,
-    settings: &[(String, String)],
-) -> Result<ucx_sys::ucp_context_h, UcxError> {
-    let mut config = null_mut();
-    // SAFETY: null means no prefix and no file; a place for the result.
-    let status = unsafe { library.ucp_config_read(null(), null(), &raw mut config) };
-    check(library, "ucp_config_read", status)?;
-    let zeroed_methods = ("ALLOC_PRIO".to_owned(), ZEROED_METHODS.to_owned());
-    let modified = settings
-        .iter()
-        .chain([&zeroed_methods])
-        .try_for_each(|(name, value)| {
-            let c_string = |text: &str| {
-                CString::new(text).map_err(|_| UcxError::new(format!("setting {name} contains a zero byte")))
-            };
-            let (name_c, value_c) = (c_string(name)?, c_string(value)?);
-            // SAFETY: a configuration that was read, and two strings that live during the call.
-            let status = unsafe { library.ucp_config_modify(config, name_c.as_ptr(), value_c.as_ptr()) };
-            check(library, &format!("setting {name} to {value:?}"), status)
-        });
-    let opened = modified.and_then(|()| {
-        // SAFETY: all-zero is a valid value of this plain struct; the mask says which fields are set.
-        let mut params: ucx_sys::ucp_params_t = unsafe { zeroed() };
-        params.field_mask = u64::from(ucx_sys::UCP_PARAM_FIELD_FEATURES);
-        params.features = u64::from(ucx_sys::UCP_FEATURE_RMA | ucx_sys::UCP_FEATURE_WAKEUP);
-        let mut context = null_mut();
-        // SAFETY: parameters and configuration live during the call; the version is that of the bindings.
-        let status = unsafe {
-            library.ucp_init_version(
-                ucx_sys::UCP_API_MAJOR,
-                ucx_sys::UCP_API_MINOR,
-                &raw const params,
-                config,
-                &raw mut context,
-            )
-        };
-        check(library, "ucp_init_version", status).map(|()| context)
-    });
-    // SAFETY: read above, and not used any more.
-    unsafe { library.ucp_config_release(config) };
-    opened
-}
-
 /// What the library prints of an endpoint. Empty if there is no memory for it.
 fn describe(library: &Library, endpoint: ucx_sys::ucp_ep_h) -> String {
     let (mut text, mut bytes) = (null_mut(), 0);
@@ -641,19 +495,4 @@ fn describe(library: &Library, endpoint: ucx_sys::ucp_ep_h) -> String {
     // SAFETY: allocated by the stream, and not used any more.
     unsafe { libc::free(text.cast()) };
     description
-}
-
-fn memory_type(device: bool) -> ucx_sys::ucs_memory_type_t {
-    if device {
-        ucx_sys::UCS_MEMORY_TYPE_CUDA
-    } else {
-        ucx_sys::UCS_MEMORY_TYPE_HOST
-    }
-}
-
-fn check(library: &Library, what: &str, status: ucx_sys::ucs_status_t) -> Result<(), UcxError> {
-    if status == ucx_sys::UCS_OK {
-        return Ok(());
-    }
-    Err(UcxError::new(format!("{what}: {}", library.explain(status))))
 }
