@@ -20,6 +20,7 @@ const MIB: usize = 1 << 20;
 /// These tests are about bytes in the connection.
 fn inline() -> Config {
     Config {
+        part_bytes: (4 * MIB).try_into().unwrap(),
         ucx: ucx::Config {
             choice: Choice::Tcp,
             ..ucx::Config::default()
