@@ -9,13 +9,13 @@
 //! be taken back, a stopped process goes on when it is continued, and one that is killed leaves bytes on their way.
 //!
 //! What is measured of the library (1.13.1 and 1.22.0): endpoints that handle the peer's failure never have shared
-//! memory among their lanes, but keys unpacked on them map it all the same; over TCP a get is emulated, and slower than
-//! a socket, so pairs that have nothing else use the built-in transport.
+//! memory among their lanes, so memory is mapped through a context of its own (`domain.rs`); over TCP a get is emulated,
+//! and slower than a socket, so pairs that have nothing else use the built-in transport.
 //!
 //! Elsewhere: the conversation between nodes (`tcp`), the thread that calls the library (`driver.rs`), the calls
-//! (`worker.rs`, `context.rs`).
+//! (`worker.rs`, `domain.rs`).
 
-mod context;
+mod domain;
 mod driver;
 mod lanes;
 mod maps;
@@ -35,7 +35,8 @@ use tokio::sync::oneshot;
 use types::{Memory, MemoryKind};
 use ucx_sys::Library;
 
-pub(crate) use driver::Run;
+pub(crate) use domain::Way;
+pub(crate) use driver::{Addresses, Run};
 use driver::{Command, EndpointId, Handle, Mapped, MemoryId, WindowId};
 use memory::UcxMemory;
 use worker::Worker;
@@ -80,6 +81,14 @@ impl Default for Config {
     }
 }
 
+/// What must be equal for two processes to be able to map each other's memory: the running kernel, and the namespace of
+/// System V memory. `None` where the kernel does not say.
+pub(crate) fn host() -> Option<String> {
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let namespace = std::fs::read_link("/proc/self/ns/ipc").ok()?;
+    Some(format!("{} {}", kernel.trim(), namespace.display()))
+}
+
 /// Sets what the library reads from the environment when it is loaded, where the operator has not: it logs to stderr and
 /// leaves the process's signal handlers alone. For the beginning of `main`: it does nothing, and returns false, once the
 /// process has more than one thread.
@@ -115,16 +124,17 @@ pub(crate) struct Exposed {
     pub(crate) base: u64,
     /// How many bytes it has.
     pub(crate) bytes: u64,
-    /// UCX's packed key.
-    pub(crate) packed_key: Vec<u8>,
+    /// UCX's packed key for processes of the same host; empty if they cannot map it.
+    pub(crate) shared_key: Vec<u8>,
+    /// UCX's packed key for the network; empty if it is out of its devices' reach.
+    pub(crate) network_key: Vec<u8>,
 }
 
 /// The library, opened.
 pub(crate) struct Ucx {
     driver: Arc<Handle>,
     version: String,
-    /// Where peers' workers find this one.
-    address: Vec<u8>,
+    addresses: Addresses,
     /// By exposed address of the first byte.
     known: Mutex<HashMap<usize, Known>>,
 }
@@ -146,12 +156,14 @@ impl Ucx {
         let version = format!("UCX {} from {}", library.version(), library.path().display());
         let settings: Vec<_> = config.settings.clone().into_iter().collect();
         let library = Arc::new(library);
-        let open = move || Worker::open(library, &settings);
-        let (driver, address) = Handle::start(open, config.spin)?;
+        let forced = config.choice == Choice::Ucx;
+        let environment = std::env::var("UCX_TLS").ok();
+        let open = move || Worker::open(&library, &settings, environment.as_deref(), forced);
+        let (driver, addresses) = Handle::start(open, config.spin)?;
         Ok(Self {
             driver,
             version,
-            address,
+            addresses,
             known: Mutex::default(),
         })
     }
@@ -161,9 +173,9 @@ impl Ucx {
         &self.version
     }
 
-    /// Where peers' workers find this one.
-    pub(crate) fn address(&self) -> &[u8] {
-        &self.address
+    /// Where peers' workers find this one's.
+    pub(crate) fn addresses(&self) -> &Addresses {
+        &self.addresses
     }
 
     /// Zeroed memory that peers on this host can map.
@@ -210,13 +222,18 @@ impl Ucx {
     }
 
     /// An endpoint to the worker at `address`. Ends with the library's own time limits; dropping the future gives up.
-    pub(crate) async fn connect(&self, address: Vec<u8>) -> Result<Peer, UcxError> {
+    pub(crate) async fn connect(&self, way: Way, addresses: &Addresses) -> Result<Peer, UcxError> {
         let (reply, answer) = oneshot::channel();
-        self.driver.send(Command::Connect { address, reply })?;
+        let address = match way {
+            Way::Shared => addresses.shared.clone(),
+            Way::Network => addresses.network.clone(),
+        };
+        self.driver.send(Command::Connect { way, address, reply })?;
         let connected = answer.await.map_err(|_| UcxError::stopped())??;
         Ok(Peer {
             driver: self.driver.clone(),
             endpoint: connected.endpoint,
+            way,
             lanes: connected.lanes,
             alive: connected.alive,
         })
@@ -231,7 +248,8 @@ impl Ucx {
         let exposed = Exposed {
             base: mapped.base as u64,
             bytes: memory.len() as u64,
-            packed_key: mapped.packed_key,
+            shared_key: mapped.shared_key,
+            network_key: mapped.network_key,
         };
         let known = Known {
             memory: Arc::downgrade(memory),
@@ -269,11 +287,17 @@ impl fmt::Debug for Ucx {
 pub(crate) struct Peer {
     driver: Arc<Handle>,
     endpoint: EndpointId,
+    way: Way,
     lanes: Vec<String>,
     alive: Arc<AtomicBool>,
 }
 
 impl Peer {
+    /// How it reaches the peer.
+    pub(crate) fn way(&self) -> Way {
+        self.way
+    }
+
     /// The transports that UCX chose, with their devices.
     pub(crate) fn lanes(&self) -> &[String] {
         &self.lanes
@@ -297,10 +321,20 @@ impl Peer {
 
     /// Makes memory of the peer readable.
     pub(crate) async fn open(&self, exposed: &Exposed) -> Result<Window, UcxError> {
+        let key = match self.way {
+            Way::Shared => &exposed.shared_key,
+            Way::Network => &exposed.network_key,
+        };
+        if key.is_empty() {
+            return Err(UcxError::new(format!(
+                "the peer's memory cannot be reached by {:?}",
+                self.way
+            )));
+        }
         let (reply, answer) = oneshot::channel();
         self.driver.send(Command::Open {
             endpoint: self.endpoint,
-            packed_key: exposed.packed_key.clone(),
+            packed_key: key.clone(),
             base: exposed.base,
             reply,
         })?;

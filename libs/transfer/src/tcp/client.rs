@@ -54,7 +54,7 @@ pub(super) struct Peer {
 
 /// A connection in use. Unless given back it is reset, because a request may be half way through it.
 pub(super) struct Connection {
-    pub(super) peer: Arc<Peer>,
+    peer: Arc<Peer>,
     stream: Option<TcpStream>,
     /// It served before, so the peer may have closed it meanwhile.
     reused: bool,
@@ -337,7 +337,7 @@ impl Peer {
         })
     }
 
-    async fn connect(&self, shared: &Shared) -> Result<TcpStream, TransferError> {
+    pub(super) async fn connect(&self, shared: &Shared) -> Result<TcpStream, TransferError> {
         let unreachable = |reason: String| TransferError::Unreachable {
             endpoint: self.endpoint.clone(),
             reason,

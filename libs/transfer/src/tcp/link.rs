@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
 use types::{Memory, MemoryKind};
 
 use super::stream::Moved;
@@ -30,6 +31,7 @@ pub(super) struct Link {
     /// What UCX uses, for people.
     pub(super) lanes: Vec<String>,
     peer: Arc<Peer>,
+    closed: CancellationToken,
     /// The peer's memory, the most recently used last.
     windows: Mutex<VecDeque<(Exposed, Arc<Window>)>>,
 }
@@ -53,6 +55,7 @@ impl Link {
             endpoint,
             lanes,
             peer,
+            closed: CancellationToken::new(),
             windows: Mutex::default(),
         }
     }
@@ -65,6 +68,12 @@ impl Link {
     /// Ends all that goes on over it.
     pub(super) fn close(&self) {
         self.peer.close();
+        self.closed.cancel();
+    }
+
+    /// Cancelled when the link is closed or dropped.
+    pub(super) fn closed(&self) -> CancellationToken {
+        self.closed.clone()
     }
 
     /// The peer's memory.
@@ -124,6 +133,12 @@ impl Link {
         // them: a grant's memory is the peer's until its holds have ended, and a batch's is kept by its `Keep`.
         unsafe { pull.window.get(runs, device, held) }.await?;
         Ok(Moved::All)
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.closed.cancel();
     }
 }
 

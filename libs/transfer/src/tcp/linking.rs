@@ -3,12 +3,14 @@
 //! A pair that was never looked at moves its first bytes over TCP while the two nodes introduce themselves, unless UCX
 //! is forced. A pair for which UCX has nothing to offer is looked at again after a while; so is one whose link broke.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use prost::Message;
+use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
 use types::Memory;
 
 use super::Shared;
@@ -16,8 +18,9 @@ use super::client::Peer;
 use super::link::Link;
 use super::messages::{self, Introduced, Introduction};
 use super::request::{Failure, ask};
+use super::stream;
 use super::wire::{Operation, RequestHead, Status};
-use crate::ucx::{Choice, Ucx, UcxError};
+use crate::ucx::{self, Choice, Ucx, UcxError, Way};
 
 /// Until a pair without a link is looked at again: a peer may have been restarted with other settings.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
@@ -68,6 +71,17 @@ impl Linking {
         }
     }
 
+    fn is_linked(&self, id: u64) -> bool {
+        matches!(&*self.state(), State::Linked(link) if link.id == id)
+    }
+
+    /// The connection of a link ended.
+    fn lost(&self, id: u64) {
+        if self.is_linked(id) {
+            self.reset();
+        }
+    }
+
     /// Closes the link; the next transfer looks for another one.
     pub(super) fn reset(&self) {
         if let State::Linked(link) = std::mem::take(&mut *self.state()) {
@@ -79,6 +93,7 @@ impl Linking {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Ends an introduction.
     fn settle(&self, result: Result<Link, UcxError>) {
         *self.state() = match result {
             Ok(link) => State::Linked(Arc::new(link)),
@@ -112,6 +127,7 @@ pub(super) async fn link(
             if let State::Linked(link) = &*state
                 && !link.is_alive()
             {
+                link.close();
                 *state = State::Untried;
             }
             match &*state {
@@ -149,6 +165,7 @@ pub(super) async fn link(
     }
 }
 
+/// Introduces this node to a peer. The link lives for as long as the connection over which that is done.
 async fn introduce(
     shared: &Arc<Shared>,
     peer: &Arc<Peer>,
@@ -159,74 +176,95 @@ async fn introduce(
     let introduction = Introduction {
         endpoint: shared.endpoint.clone(),
         epoch: shared.epoch.0,
-        worker: ucx.address().to_vec(),
+        workers: Some(ucx.addresses().into()),
         memory: Some(ucx.expose(memory)?.into()),
         forced,
+        host: ucx::host().unwrap_or_default(),
     };
     if !messages::fits(&introduction) {
         return Err(UcxError::new(
-            "this node's UCX address is too long to be sent".to_owned(),
+            "this node's UCX addresses are too long to be sent".to_owned(),
         ));
     }
     let within = shared.config.connect_timeout * 2;
-    let introduced = timeout(within, exchange(shared, peer, &introduction))
+    let late = |_| UcxError::new(format!("no link came about within {within:?}"));
+    let (introduced, stream) = timeout(within, exchange(shared, peer, &introduction))
         .await
-        .map_err(|_| {
-            UcxError::new(format!(
-                "the peer did not answer an introduction within {within:?}"
-            ))
-        })??;
+        .map_err(late)??;
     if introduced.link == 0 {
         return Err(UcxError::new(introduced.obstacle));
     }
-    let connected = timeout(within, ucx.connect(introduced.worker))
+    let way = if introduced.shared {
+        Way::Shared
+    } else {
+        Way::Network
+    };
+    let addresses = introduced.workers.unwrap_or_default().into();
+    let connected = timeout(within, ucx.connect(way, &addresses))
         .await
-        .map_err(|_| UcxError::new(format!("UCX did not connect within {within:?}")))??;
+        .map_err(late)??;
     tracing::info!(peer = peer.endpoint, lanes = ?introduced.lanes, "ucx link");
     let endpoint = peer.endpoint.clone();
-    Ok(Link::new(
-        introduced.link,
-        endpoint,
-        introduced.lanes,
-        Arc::new(connected),
-    ))
+    let link = Link::new(introduced.link, endpoint, introduced.lanes, Arc::new(connected));
+    let watching = watch(
+        shared.clone(),
+        Arc::downgrade(peer),
+        link.id,
+        link.closed(),
+        stream,
+    );
+    shared.tasks.spawn(watching);
+    Ok(link)
 }
 
-/// Sends the introduction over one of the peer's connections.
+/// Ends the link when its connection does: the peer is gone, and its memory must not stay mapped here. Dropping the
+/// connection tells the peer the same of this node.
+async fn watch(
+    shared: Arc<Shared>,
+    peer: Weak<Peer>,
+    link: u64,
+    closed: CancellationToken,
+    stream: TcpStream,
+) {
+    let mut byte = [0];
+    tokio::select! {
+        // The server never speaks first.
+        _ = stream::receive_some(&stream, &mut byte) => {}
+        () = closed.cancelled() => {}
+        () = shared.closed.cancelled() => {}
+    }
+    if let Some(peer) = peer.upgrade() {
+        peer.linking.lost(link);
+    }
+}
+
+/// Sends the introduction over a connection of its own.
 async fn exchange(
     shared: &Arc<Shared>,
     peer: &Arc<Peer>,
     introduction: &Introduction,
-) -> Result<Introduced, UcxError> {
+) -> Result<(Introduced, TcpStream), UcxError> {
     let extra = introduction.encode_to_vec();
-    let mut tries_left = 2;
-    loop {
-        tries_left -= 1;
-        let connection = peer.connection(shared).await;
-        let connection = connection.map_err(|error| UcxError::new(error.to_string()))?;
-        let head = RequestHead {
-            operation: Operation::Introduce,
-            id: peer.next_request(),
-            epoch: 0,
-            key: 0,
-            payload_bytes: 0,
-            slices: 0,
-            extra_bytes: u32::try_from(extra.len()).unwrap_or(u32::MAX),
-        };
-        match ask(&connection, &head, &[], &extra).await {
-            Ok((Status::Done, answer)) => {
-                connection.give_back();
-                return messages::read(&answer).map_err(|error| UcxError::new(error.to_string()));
-            }
-            Ok((status, _)) => return Err(UcxError::new(format!("the peer answered {status:?}"))),
-            // An idle connection that the peer had closed.
-            Err(Failure::Connection(_)) if connection.is_reused() && tries_left > 0 => {}
-            Err(Failure::Connection(error)) => {
-                return Err(UcxError::new(format!(
-                    "the peer hung up on an introduction: {error}"
-                )));
-            }
-            Err(Failure::Final(error)) => return Err(UcxError::new(error.to_string())),
+    let head = RequestHead {
+        operation: Operation::Introduce,
+        id: peer.next_request(),
+        epoch: 0,
+        key: 0,
+        payload_bytes: 0,
+        slices: 0,
+        extra_bytes: u32::try_from(extra.len()).unwrap_or(u32::MAX),
+    };
+    let stream = peer.connect(shared).await;
+    let stream = stream.map_err(|error| UcxError::new(error.to_string()))?;
+    match ask(&stream, &peer.endpoint, &head, &[], &extra).await {
+        Ok((Status::Done, answer)) => {
+            let introduced = messages::read(&answer).map_err(|error| UcxError::new(error.to_string()))?;
+            Ok((introduced, stream))
         }
+        Ok((status, _)) => Err(UcxError::new(format!("the peer answered {status:?}"))),
+        Err(Failure::Connection(error)) => Err(UcxError::new(format!(
+            "the peer hung up on an introduction: {error}"
+        ))),
+        Err(Failure::Final(error)) => Err(UcxError::new(error.to_string())),
     }
 }

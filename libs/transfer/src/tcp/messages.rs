@@ -3,7 +3,7 @@
 use prost::Message;
 
 use super::wire::{EXTRA_BYTES_MAX, WireError};
-use crate::ucx::Exposed;
+use crate::ucx::{Addresses, Exposed};
 
 /// Of `Introduce`: where UCX finds the client.
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -14,15 +14,26 @@ pub(super) struct Introduction {
     /// Its incarnation.
     #[prost(uint64, tag = "2")]
     pub(super) epoch: u64,
-    /// Address of its UCX worker.
-    #[prost(bytes = "vec", tag = "3")]
-    pub(super) worker: Vec<u8>,
+    #[prost(message, optional, tag = "3")]
+    pub(super) workers: Option<Workers>,
     /// Memory of it, for a look at how it can be reached.
     #[prost(message, optional, tag = "4")]
     pub(super) memory: Option<Exposure>,
     /// Use UCX for this pair even if it only offers TCP.
     #[prost(bool, tag = "5")]
     pub(super) forced: bool,
+    /// Equal on nodes that may be able to map each other's memory; empty if that is not known.
+    #[prost(string, tag = "6")]
+    pub(super) host: String,
+}
+
+/// Addresses of a node's UCX workers. Empty where there is none.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(super) struct Workers {
+    #[prost(bytes = "vec", tag = "1")]
+    pub(super) shared: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub(super) network: Vec<u8>,
 }
 
 /// The answer to an introduction.
@@ -31,9 +42,12 @@ pub(super) struct Introduced {
     /// Names the link in later requests. 0: there is none, and bytes go over TCP.
     #[prost(uint64, tag = "1")]
     pub(super) link: u64,
-    /// Address of the server's UCX worker.
-    #[prost(bytes = "vec", tag = "2")]
-    pub(super) worker: Vec<u8>,
+    /// Those of the server.
+    #[prost(message, optional, tag = "2")]
+    pub(super) workers: Option<Workers>,
+    /// Whether it is by mapping each other's memory; by a network otherwise.
+    #[prost(bool, tag = "5")]
+    pub(super) shared: bool,
     /// What UCX uses between the two.
     #[prost(string, repeated, tag = "3")]
     pub(super) lanes: Vec<String>,
@@ -69,9 +83,25 @@ pub(super) struct Exposure {
     pub(super) base: u64,
     #[prost(uint64, tag = "2")]
     pub(super) bytes: u64,
-    /// UCX's packed key.
+    /// UCX's packed keys, as in [`Exposed`].
     #[prost(bytes = "vec", tag = "3")]
-    pub(super) packed_key: Vec<u8>,
+    pub(super) shared_key: Vec<u8>,
+    #[prost(bytes = "vec", tag = "4")]
+    pub(super) network_key: Vec<u8>,
+}
+
+impl From<&Addresses> for Workers {
+    fn from(addresses: &Addresses) -> Self {
+        let Addresses { shared, network } = addresses.clone();
+        Self { shared, network }
+    }
+}
+
+impl From<Workers> for Addresses {
+    fn from(workers: Workers) -> Self {
+        let Workers { shared, network } = workers;
+        Self { shared, network }
+    }
 }
 
 impl From<Exposed> for Exposure {
@@ -79,12 +109,14 @@ impl From<Exposed> for Exposure {
         let Exposed {
             base,
             bytes,
-            packed_key,
+            shared_key,
+            network_key,
         } = exposed;
         Self {
             base,
             bytes,
-            packed_key,
+            shared_key,
+            network_key,
         }
     }
 }
@@ -94,12 +126,14 @@ impl From<Exposure> for Exposed {
         let Exposure {
             base,
             bytes,
-            packed_key,
+            shared_key,
+            network_key,
         } = exposure;
         Self {
             base,
             bytes,
-            packed_key,
+            shared_key,
+            network_key,
         }
     }
 }

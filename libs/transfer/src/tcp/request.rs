@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use types::{Epoch, Memory, MemoryKind};
 
 use super::Shared;
-use super::client::{Connection, Peer};
+use super::client::Peer;
 use super::link::{Link, Pull};
 use super::messages::{self, Exposure, Source, Visit};
 use super::stream;
@@ -111,9 +111,11 @@ async fn request_on(shared: &Shared, job: &Job, way: &Way, part: &Part) -> Resul
             Way::Ucx(link) => {
                 let (operation, extra) = job.by_ucx(shared, link, part)?;
                 let extra_bytes = u32::try_from(extra.len()).unwrap_or(u32::MAX);
+                let head = job.head(operation, part, extra_bytes);
                 ask(
-                    &connection,
-                    &job.head(operation, part, extra_bytes),
+                    connection.stream()?,
+                    &remote.endpoint,
+                    &head,
                     &part.slices,
                     &extra,
                 )
@@ -225,19 +227,19 @@ impl Job {
 
 /// Sends a request, and takes an answer with what follows it. For requests whose payload is not inline.
 pub(super) async fn ask(
-    connection: &Connection,
+    stream: &TcpStream,
+    endpoint: &str,
     head: &RequestHead,
     slices: &[Slice],
     extra: &[u8],
 ) -> Result<(Status, Vec<u8>), Failure> {
-    let stream = connection.stream().map_err(Failure::Final)?;
     let table = slices.iter().map(|slice| (slice.remote_offset, slice.len));
     stream::send_head(stream, &head.encode(table, extra)).await?;
-    let answer = receive_answer(stream, head, &connection.peer.endpoint).await?;
+    let answer = receive_answer(stream, head, endpoint).await?;
     let follows = usize::try_from(answer.payload_bytes).unwrap_or(usize::MAX);
     if follows > EXTRA_BYTES_MAX {
         return Err(violation(
-            &connection.peer.endpoint,
+            endpoint,
             format!("{follows} bytes follow an answer, more than {EXTRA_BYTES_MAX}"),
         ));
     }

@@ -12,12 +12,24 @@ use super::messages::{Exposure, Introduced, Introduction, Source, Visit};
 use super::server::admit as admitted;
 use super::stream::Moved;
 use super::wire::{RequestHead, Status};
-use crate::ucx::{Choice, UcxError};
+use crate::ucx::{Addresses, Choice, Exposed, Peer, Ucx, UcxError, Way};
 
 /// Links over which peers have bytes moved here, by the number that names them.
 #[derive(Default)]
 pub(super) struct Links {
     inner: Mutex<Inner>,
+}
+
+/// Keeps a link.
+pub(super) struct Lifeline<'a> {
+    links: &'a Links,
+    id: u64,
+}
+
+impl Drop for Lifeline<'_> {
+    fn drop(&mut self) {
+        self.links.remove(self.id);
+    }
 }
 
 #[derive(Default)]
@@ -28,6 +40,16 @@ struct Inner {
 }
 
 impl Links {
+    /// Forgets the link when the result is dropped: its peer is gone, or has given it up.
+    pub(super) fn lifeline(&self, id: u64) -> Lifeline<'_> {
+        Lifeline { links: self, id }
+    }
+
+    fn remove(&self, id: u64) {
+        // Dropped outside of the lock.
+        let _link = self.inner().by_id.remove(&id);
+    }
+
     pub(super) fn clear(&self) {
         let mut inner = self.inner();
         inner.closed = true;
@@ -87,34 +109,64 @@ async fn make_link(shared: &Shared, introduction: Introduction) -> Result<Introd
     let memory = introduction
         .memory
         .ok_or_else(|| UcxError::new("an introduction without memory".into()))?;
+    let (memory, addresses) = (memory.into(), introduction.workers.unwrap_or_default().into());
+    let same_host = !introduction.host.is_empty() && crate::ucx::host() == Some(introduction.host);
     let within = shared.config.connect_timeout;
-    let late = |_| UcxError::new(format!("UCX did not connect within {within:?}"));
-    let peer = timeout(within, ucx.connect(introduction.worker))
-        .await
-        .map_err(late)??;
-    let peer = Arc::new(peer);
-    let window = timeout(within, peer.open(&memory.into())).await.map_err(late)??;
-    let forced = introduction.forced || shared.config.ucx.choice == Choice::Ucx;
-    let lanes = if window.is_mapped() {
-        vec!["shared memory".to_owned()]
-    } else if peer.offers_more_than_tcp() || forced {
-        peer.lanes().to_vec()
-    } else {
-        return Err(UcxError::new(
-            "UCX offers nothing but TCP between the two nodes: neither can they map each other's memory, nor do they \
-             share a network that it knows"
-                .to_owned(),
-        ));
+    let mut mapped = None;
+    if same_host {
+        match timeout(within, map(ucx, &addresses, &memory)).await {
+            Ok(Ok(peer)) => mapped = Some(peer),
+            Ok(Err(error)) => tracing::debug!(%error, "a peer on this host cannot be mapped"),
+            Err(_) => tracing::debug!("a peer on this host could not be mapped in time"),
+        }
+    }
+    let peer = match mapped {
+        Some(peer) => peer,
+        None => {
+            let forced = introduction.forced || shared.config.ucx.choice == Choice::Ucx;
+            timeout(within, reach(ucx, &addresses, forced))
+                .await
+                .map_err(|_| UcxError::new(format!("UCX did not connect within {within:?}")))??
+        }
     };
+    let (lanes, by_mapping) = (peer.lanes().to_vec(), peer.way() == Way::Shared);
     let id = shared.served_links.next_id();
-    let link = Link::new(id, introduction.endpoint, lanes.clone(), peer);
+    let link = Link::new(id, introduction.endpoint, lanes.clone(), Arc::new(peer));
     shared.served_links.insert(link, shared.config.peers_max.get())?;
     Ok(Introduced {
         link: id,
-        worker: ucx.address().to_vec(),
+        workers: Some(ucx.addresses().into()),
+        shared: by_mapping,
         lanes,
         obstacle: String::new(),
     })
+}
+
+/// A peer on this host, if its memory can be mapped.
+async fn map(ucx: &Ucx, addresses: &Addresses, memory: &Exposed) -> Result<Peer, UcxError> {
+    let peer = ucx.connect(Way::Shared, addresses).await?;
+    if peer.open(memory).await?.is_mapped() {
+        return Ok(peer);
+    }
+    Err(UcxError::new(
+        "its memory is not of a kind that can be mapped".to_owned(),
+    ))
+}
+
+/// A peer over a network that is better than TCP, or any if that is forced.
+async fn reach(ucx: &Ucx, addresses: &Addresses, forced: bool) -> Result<Peer, UcxError> {
+    let nothing = |why: String| {
+        UcxError::new(format!(
+            "UCX has nothing better than TCP between the two nodes: neither can they map each other's memory, nor do \
+             they share a network that it knows ({why})"
+        ))
+    };
+    let peer = ucx.connect(Way::Network, addresses).await;
+    let peer = peer.map_err(|error| nothing(error.to_string()))?;
+    if forced || peer.offers_more_than_tcp() {
+        return Ok(peer);
+    }
+    Err(nothing(peer.lanes().join(", ")))
 }
 
 /// Moves bytes of a peer into granted memory.

@@ -111,23 +111,34 @@ async fn serve_requests(shared: &Arc<Shared>, connection: &TcpStream) -> Result<
             stream::receive_exact(connection, &mut head[received..]).await?;
             serve_request(shared, connection, &RequestHead::decode(&head)?, &mut scratch).await
         };
-        timeout(shared.config.request_timeout, request)
+        let introduced = timeout(shared.config.request_timeout, request)
             .await
             .map_err(|_| ServeError::Stalled)??;
+        if let Some(link) = introduced {
+            // It is the link's from now on, and nothing comes over it but its end.
+            let _link = shared.served_links.lifeline(link);
+            stream::receive_some(connection, &mut head).await?;
+            return Ok(());
+        }
     }
 }
 
+/// Serves one request to the last byte of its answer. Gives the link that it made, if any.
 async fn serve_request(
     shared: &Arc<Shared>,
     connection: &TcpStream,
     head: &RequestHead,
     scratch: &mut [u8],
-) -> Result<(), ServeError> {
+) -> Result<Option<u64>, ServeError> {
     let table = &mut scratch[..head.table_bytes()];
     stream::receive_exact(connection, table).await?;
     let slices = head.decode_table(table)?;
+    let mut link = None;
     let (status, answer_behind) = match head.operation {
-        Operation::Read => return serve_read(shared, connection, head, &slices).await,
+        Operation::Read => {
+            serve_read(shared, connection, head, &slices).await?;
+            return Ok(None);
+        }
         Operation::Write => {
             let status = receive_write(shared, connection, head, &slices, scratch).await?;
             (status, Vec::new())
@@ -138,6 +149,7 @@ async fn serve_request(
             match head.operation {
                 Operation::Introduce => {
                     let introduced = served::introduce(shared, messages::read(extra)?).await;
+                    link = Some(introduced.link).filter(|link| *link != 0);
                     (Status::Done, introduced.encode_to_vec())
                 }
                 Operation::Admit => served::admit(shared, head, &slices, &messages::read(extra)?),
@@ -154,7 +166,8 @@ async fn serve_request(
     count(shared, head, status);
     let mut whole = answer(head, status, answer_behind.len() as u64).to_vec();
     whole.extend(answer_behind);
-    Ok(stream::send_head(connection, &whole).await?)
+    stream::send_head(connection, &whole).await?;
+    Ok(link)
 }
 
 async fn serve_read(

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::UcxError;
+use super::domain::Way;
 use super::worker::Worker;
 
 /// Commands that wait. Transfers beyond it are refused, and go over TCP.
@@ -46,8 +47,17 @@ pub(super) struct Mapped {
     pub(super) id: MemoryId,
     /// Exposed address of the first byte.
     pub(super) base: usize,
-    /// What a peer needs to reach it.
-    pub(super) packed_key: Vec<u8>,
+    /// What a peer on this host needs to map it; empty if none can.
+    pub(super) shared_key: Vec<u8>,
+    /// What a peer needs to reach it over a network; empty if none can.
+    pub(super) network_key: Vec<u8>,
+}
+
+/// Where peers' workers find those of this process. Empty where there is none.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Addresses {
+    pub(crate) shared: Vec<u8>,
+    pub(crate) network: Vec<u8>,
 }
 
 /// An endpoint whose lanes are set up.
@@ -94,6 +104,7 @@ pub(super) enum Command {
         memory: MemoryId,
     },
     Connect {
+        way: Way,
         address: Vec<u8>,
         reply: Reply<Connected>,
     },
@@ -284,7 +295,7 @@ impl Queue {
     fn sleep_until_rung(&self) {
         self.sleeping.store(true, SeqCst);
         if self.commands().is_empty() {
-            wait_for([self.bell.0.as_raw_fd(), -1, -1], SLEEP_MAX);
+            wait_for([self.bell.0.as_raw_fd()], SLEEP_MAX);
         }
         self.sleeping.store(false, SeqCst);
         self.bell.silence();
@@ -296,20 +307,25 @@ fn sleep(worker: &mut Worker, queue: &Queue) {
     queue.sleeping.store(true, SeqCst);
     // A command that came before the flag was seen rings no bell. An event that came before the arming shows in `arm`.
     if queue.commands().is_empty() && worker.arm() {
-        let [asking, answering] = worker.event_descriptors();
-        wait_for([queue.bell.0.as_raw_fd(), asking, answering], SLEEP_MAX);
+        wait_for(
+            [queue.bell.0.as_raw_fd()]
+                .into_iter()
+                .chain(worker.event_descriptors()),
+            SLEEP_MAX,
+        );
     }
     queue.sleeping.store(false, SeqCst);
     queue.bell.silence();
 }
 
-/// Waits until one of the descriptors can be read, where negative ones are none. Errors end it like an event would.
-fn wait_for(descriptors: [RawFd; 3], timeout: Duration) {
-    let mut polled = descriptors.map(|fd| libc::pollfd {
+/// Waits until one of the descriptors can be read. Errors end it like an event would.
+fn wait_for(descriptors: impl IntoIterator<Item = RawFd>, timeout: Duration) {
+    let polled = descriptors.into_iter().map(|fd| libc::pollfd {
         fd,
         events: libc::POLLIN,
         revents: 0,
     });
+    let mut polled: Vec<_> = polled.collect();
     let timeout_ms = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
     // SAFETY: initialised entries, and their number.
     unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout_ms) };

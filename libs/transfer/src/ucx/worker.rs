@@ -16,19 +16,17 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use ucx_sys::{Begun, Library};
 
-use super::context::{Handle, Memories, check, memory_type};
-use super::driver::{Command, Connected, EndpointId, Mapped, MemoryId, Opened, Reply, Run, WindowId};
+use super::domain::{
+    Domains, Handle, NetworkWorkers, Way, check, domain_settings, memory_type, open_network, open_shared,
+};
+use super::driver::{Addresses, Command, Connected, EndpointId, MemoryId, Opened, Reply, Run, WindowId};
 use super::{UcxError, lanes};
 
-/// One context with two workers.
-///
-/// With one, an endpoint to a peer that connected first would be the one that UCX made for the peer's messages, whose
-/// lanes reach nothing but what those need: no mapped memory, for example. So all endpoints begin at `asking` and end
-/// at the peers' `answering`, which only lets the library answer.
+/// The contexts with their workers.
 pub(super) struct Worker {
-    memories: Memories,
-    asking: Handle,
-    answering: Handle,
+    domains: Domains,
+    shared: Option<Handle>,
+    network: Option<NetworkWorkers>,
     endpoints: HashMap<EndpointId, Endpoint>,
     windows: HashMap<WindowId, (EndpointId, ucx_sys::ucp_rkey_h)>,
     next_id: u64,
@@ -44,6 +42,7 @@ struct Endpoint {
     state: Box<EndpointState>,
     alive: Arc<AtomicBool>,
     closing: bool,
+    way: Way,
 }
 
 struct EndpointState {
@@ -139,35 +138,66 @@ impl Pending {
 }
 
 impl Worker {
-    /// Opens the library's context and its workers; also returns the address at which peers find it.
+    /// Opens the library's contexts and their workers; also returns the addresses at which peers find them. One of the
+    /// contexts suffices; the error is of the last one that failed.
     pub(super) fn open(
-        library: Arc<Library>,
+        library: &Arc<Library>,
         settings: &[(String, String)],
-    ) -> Result<(Self, Vec<u8>), UcxError> {
-        let memories = Memories::open(library, settings)?;
-        let asking = Handle::open(&memories)?;
-        let answering = Handle::open(&memories)?;
-        let address = answering.address(&memories.library)?;
+        environment: Option<&str>,
+        forced: bool,
+    ) -> Result<(Self, Addresses), UcxError> {
+        let (of_shared, of_network) = domain_settings(settings, environment, forced);
+        let mut addresses = Addresses::default();
+        let (mut failed, mut domains) = (None, Domains::new(library.clone()));
+        let mut shared = None;
+        if let Some(settings) = of_shared {
+            match open_shared(library, &settings) {
+                Ok((domain, handle, address)) => {
+                    domains.shared = Some(domain);
+                    shared = Some(handle);
+                    addresses.shared = address;
+                }
+                Err(error) => failed = Some(error),
+            }
+        }
+        let mut network = None;
+        match open_network(library, &of_network) {
+            Ok((domain, workers, address)) => {
+                domains.network = Some(domain);
+                network = Some(workers);
+                addresses.network = address;
+            }
+            Err(error) => failed = Some(error),
+        }
+        if let (None, None, Some(error)) = (&shared, &network, failed) {
+            return Err(error);
+        }
         let opened = Self {
-            memories,
-            asking,
-            answering,
+            domains,
+            shared,
+            network,
             endpoints: HashMap::new(),
             windows: HashMap::new(),
             next_id: 1,
             ended: Rc::default(),
             some_failed: Rc::default(),
         };
-        Ok((opened, address))
+        Ok((opened, addresses))
+    }
+
+    fn workers(&self) -> impl Iterator<Item = &Handle> {
+        let network = self.network.iter();
+        let network = network.flat_map(|workers| [&workers.asking, &workers.answering]);
+        self.shared.iter().chain(network)
     }
 
     /// Lets the library work, and looks at what ended. Returns whether there was anything.
     pub(super) fn progress(&mut self, rounds_max: usize) -> bool {
         let mut busy = false;
-        for worker in [self.asking.worker, self.answering.worker] {
+        for handle in self.workers() {
             for _ in 0..rounds_max {
                 // SAFETY: a worker of this thread.
-                if unsafe { self.library().ucp_worker_progress(worker) } == 0 {
+                if unsafe { self.library().ucp_worker_progress(handle.worker) } == 0 {
                     break;
                 }
                 busy = true;
@@ -196,18 +226,16 @@ impl Worker {
 
     /// Prepares for sleep. False if there is something to do first.
     pub(super) fn arm(&mut self) -> bool {
-        [self.asking.worker, self.answering.worker]
-            .into_iter()
-            .all(|worker| {
-                // SAFETY: a worker of this thread.
-                let status = unsafe { self.library().ucp_worker_arm(worker) };
-                status == ucx_sys::UCS_OK
-            })
+        self.workers().all(|handle| {
+            // SAFETY: a worker of this thread.
+            let status = unsafe { self.library().ucp_worker_arm(handle.worker) };
+            status == ucx_sys::UCS_OK
+        })
     }
 
     /// What becomes readable when there is something to do.
-    pub(super) fn event_descriptors(&self) -> [RawFd; 2] {
-        [self.asking.event_descriptor, self.answering.event_descriptor]
+    pub(super) fn event_descriptors(&self) -> impl Iterator<Item = RawFd> {
+        self.workers().map(|handle| handle.event_descriptor)
     }
 
     /// Carries out a command.
@@ -215,7 +243,8 @@ impl Worker {
         match command {
             // Whoever does not wait any more for a prompt reply has gone for good.
             Command::Allocate { bytes, reply } => {
-                let _ = reply.send(self.map(null_mut(), bytes, false));
+                let id = MemoryId(self.id());
+                let _ = reply.send(self.domains.allocate(id, bytes));
             }
             Command::Register {
                 base,
@@ -223,11 +252,20 @@ impl Worker {
                 device,
                 reply,
             } => {
-                let base = ptr::with_exposed_provenance_mut(base);
-                let _ = reply.send(self.map(base, bytes, device));
+                let id = MemoryId(self.id());
+                let _ = reply.send(self.domains.register(id, base, bytes, device));
             }
-            Command::Unmap { memory } => self.memories.unmap(memory),
-            Command::Connect { address, reply } => self.connect(&address, reply),
+            Command::Unmap { memory } => self.domains.unmap(memory),
+            Command::Connect {
+                way: Way::Shared,
+                address,
+                reply,
+            } => self.connect_shared(&address, reply),
+            Command::Connect {
+                way: Way::Network,
+                address,
+                reply,
+            } => self.connect_network(&address, reply),
             Command::Close { endpoint } => self.close(endpoint),
             Command::Open {
                 endpoint,
@@ -261,18 +299,18 @@ impl Worker {
     }
 
     /// Lets go of everything but memory. All endpoints must be closed.
-    pub(super) fn end(mut self) -> Memories {
+    pub(super) fn end(mut self) -> Domains {
         let windows: Vec<WindowId> = self.windows.keys().copied().collect();
         windows.into_iter().for_each(|window| self.forget(window));
-        for worker in [self.asking.worker, self.answering.worker] {
+        for handle in self.workers() {
             // SAFETY: a worker of this thread; its endpoints are closed, and nobody uses it afterwards.
-            unsafe { self.library().ucp_worker_destroy(worker) };
+            unsafe { self.library().ucp_worker_destroy(handle.worker) };
         }
-        self.memories
+        self.domains
     }
 
     fn library(&self) -> &Library {
-        &self.memories.library
+        &self.domains.library
     }
 
     fn id(&mut self) -> u64 {
@@ -280,13 +318,51 @@ impl Worker {
         self.next_id
     }
 
-    /// Registers `bytes` bytes at `base`, or at a place of the library's choice where that is null.
-    fn map(&mut self, base: *mut c_void, bytes: usize, device: bool) -> Result<Mapped, UcxError> {
-        let id = MemoryId(self.id());
-        self.memories.map(id, base, bytes, device)
+    /// An endpoint over which nothing is sent: it only lets keys be unpacked.
+    fn connect_shared(&mut self, address: &[u8], reply: Reply<Connected>) {
+        let worker = self.shared.as_ref().map(|handle| handle.worker);
+        let connected = self
+            .create(Way::Shared, worker, address)
+            .map(|(endpoint, alive)| Connected {
+                endpoint,
+                lanes: vec!["shared memory".to_owned()],
+                alive,
+            });
+        if let Err(Ok(unwanted)) = reply.send(connected) {
+            self.close(unwanted.endpoint);
+        }
     }
 
-    fn connect(&mut self, address: &[u8], reply: Reply<Connected>) {
+    fn connect_network(&mut self, address: &[u8], reply: Reply<Connected>) {
+        let worker = self.network.as_ref().map(|workers| workers.asking.worker);
+        let endpoint = match self.create(Way::Network, worker, address) {
+            Ok((endpoint, _)) => endpoint,
+            Err(error) => {
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        let Some(handle) = self.endpoints.get(&endpoint).map(|open| open.handle) else {
+            return;
+        };
+        // Its lanes are known when the first operation went through.
+        self.issue(1, Purpose::Connect { endpoint, reply }, |library, params| {
+            // SAFETY: an open endpoint of this thread's worker, and parameters that live during the call.
+            vec![unsafe { library.ucp_ep_flush_nbx(handle, &raw const *params) }]
+        });
+    }
+
+    fn create(
+        &mut self,
+        way: Way,
+        worker: Option<ucx_sys::ucp_worker_h>,
+        address: &[u8],
+    ) -> Result<(EndpointId, Arc<AtomicBool>), UcxError> {
+        let none = || UcxError::new(format!("this node has no UCX for {way:?}"));
+        let worker = worker.ok_or_else(none)?;
+        if address.is_empty() {
+            return Err(UcxError::new(format!("the peer has no UCX for {way:?}")));
+        }
         let state = Box::new(EndpointState {
             failed: Cell::new(false),
             some_failed: self.some_failed.clone(),
@@ -299,7 +375,10 @@ impl Worker {
                 | ucx_sys::UCP_EP_PARAM_FIELD_ERR_HANDLER,
         );
         params.address = address.as_ptr().cast();
-        params.err_mode = ucx_sys::UCP_ERR_HANDLING_MODE_PEER;
+        params.err_mode = match way {
+            Way::Shared => ucx_sys::UCP_ERR_HANDLING_MODE_NONE,
+            Way::Network => ucx_sys::UCP_ERR_HANDLING_MODE_PEER,
+        };
         params.err_handler = ucx_sys::ucp_err_handler {
             cb: Some(endpoint_failed),
             arg: (&raw const *state).cast_mut().cast(),
@@ -308,27 +387,22 @@ impl Worker {
         // SAFETY: the parameters live during the call; the state lives until the endpoint is closed.
         let status = unsafe {
             self.library()
-                .ucp_ep_create(self.asking.worker, &raw const params, &raw mut handle)
+                .ucp_ep_create(worker, &raw const params, &raw mut handle)
         };
-        if let Err(error) = check(self.library(), "ucp_ep_create", status) {
-            let _ = reply.send(Err(error));
-            return;
-        }
+        check(self.library(), "ucp_ep_create", status)?;
         let endpoint = EndpointId(self.id());
+        let alive = Arc::new(AtomicBool::new(true));
         self.endpoints.insert(
             endpoint,
             Endpoint {
                 handle,
                 state,
-                alive: Arc::new(AtomicBool::new(true)),
+                alive: alive.clone(),
                 closing: false,
+                way,
             },
         );
-        // Its lanes are known when the first operation went through.
-        self.issue(1, Purpose::Connect { endpoint, reply }, |library, params| {
-            // SAFETY: an open endpoint of this thread's worker, and parameters that live during the call.
-            vec![unsafe { library.ucp_ep_flush_nbx(handle, &raw const *params) }]
-        });
+        Ok((endpoint, alive))
     }
 
     fn close(&mut self, id: EndpointId) {
@@ -339,10 +413,12 @@ impl Worker {
         if std::mem::replace(&mut endpoint.closing, true) {
             return;
         }
-        let handle = endpoint.handle;
+        let (handle, way) = (endpoint.handle, endpoint.way);
         self.issue(1, Purpose::Close { endpoint: id }, |library, params| {
-            params.op_attr_mask |= ucx_sys::UCP_OP_ATTR_FIELD_FLAGS;
-            params.flags = ucx_sys::UCP_EP_CLOSE_FLAG_FORCE;
+            if way == Way::Network {
+                params.op_attr_mask |= ucx_sys::UCP_OP_ATTR_FIELD_FLAGS;
+                params.flags = ucx_sys::UCP_EP_CLOSE_FLAG_FORCE;
+            }
             // SAFETY: an open endpoint that is closed once, and not used afterwards.
             vec![unsafe { library.ucp_ep_close_nbx(handle, &raw const *params) }]
         });
@@ -418,7 +494,7 @@ impl Worker {
         begin: impl FnOnce(&Library, &mut ucx_sys::ucp_request_param_t) -> Vec<ucx_sys::ucs_status_ptr_t>,
     ) {
         let pending = Pending {
-            library: self.memories.library.clone(),
+            library: self.domains.library.clone(),
             remaining: Cell::new(count + 1),
             status: Cell::new(ucx_sys::UCS_OK),
             purpose: Cell::new(Some(purpose)),
@@ -430,7 +506,7 @@ impl Worker {
         params.op_attr_mask = ucx_sys::UCP_OP_ATTR_FIELD_CALLBACK | ucx_sys::UCP_OP_ATTR_FIELD_USER_DATA;
         params.cb.send = Some(ended);
         params.user_data = pending.cast_mut().cast();
-        let begun = begin(&self.memories.library, &mut params);
+        let begun = begin(&self.domains.library, &mut params);
         debug_assert_eq!(begun.len(), count, "every call is counted");
         for call in begun {
             match Begun::of(call) {
