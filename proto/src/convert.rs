@@ -1,8 +1,8 @@
 //! Wire to domain and back. Everything from the wire is checked here, once, by its receiver.
 
 use types::{
-    BlockEvent, BlockHash, Error, ErrorCode, LoadReport, NodeRecord, RequestId, SamplingParams, Tier, Token,
-    TokenLogprob,
+    BlockEvent, BlockHash, Error, ErrorCode, HostFacts, LoadReport, NodeRecord, RequestId, SamplingParams,
+    Tier, Token, TokenLogprob,
 };
 
 use crate::v1;
@@ -261,6 +261,17 @@ pub fn load(wire: &v1::LoadReport) -> LoadReport {
         transfer_bytes_per_ms: rate(wire.transfer_bytes_per_ms),
         draining: wire.draining,
     }
+}
+
+/// The wire form of what a host offers: JSON, since it is for people and grows with what they ask.
+pub fn host_to_json(facts: &HostFacts) -> String {
+    serde_json::to_string(facts).expect("facts have string keys only")
+}
+
+/// Reads what a host offers. Facts that the sender does not know of are as if they were not found.
+pub fn host(json: &str) -> Result<HostFacts, Error> {
+    serde_json::from_str(json)
+        .map_err(|error| Error::new(ErrorCode::Invalid, format!("host facts cannot be read: {error}")))
 }
 
 /// The registry's form of a node's record: JSON, so that `etcdctl get` shows it to a person.

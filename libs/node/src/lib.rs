@@ -6,7 +6,7 @@
 //!
 //! Where things are:
 //! - [`config`]: file, environment and flags, in layers, into any raw struct;
-//! - [`identity`]: who this process is, and which start of it;
+//! - [`identity`]: who this process is, and which start of it; [`host`]: what the machine offers for transfers;
 //! - [`registry`]: who else is there (etcd, or embedded in `perigee up`);
 //! - [`mod@channel`]: connections to peers that notice when a partition has healed;
 //! - [`serve`]: listeners, gRPC, HTTP, health, and draining;
@@ -18,6 +18,7 @@
 pub mod backoff;
 pub mod channel;
 pub mod config;
+pub mod host;
 pub mod identity;
 pub mod metrics;
 pub mod registry;

@@ -8,6 +8,7 @@
 pub mod block;
 pub mod error;
 pub mod hash;
+pub mod host;
 pub mod ids;
 pub mod latency;
 pub mod layout;
@@ -18,6 +19,7 @@ pub mod sampling;
 pub use block::{BlockDescriptor, BlockEvent, Checksum, Generation, LogEntry, Tier};
 pub use error::{Error, ErrorCode};
 pub use hash::{BlockHash, KvSpace};
+pub use host::{HostFacts, RdmaDevice, RdmaGid, RdmaPort};
 pub use ids::{BlockId, Epoch, LeaseId, NodeId, RequestId, TransferId};
 pub use latency::{Millis, Slo};
 pub use layout::{KvDtype, KvLayout};

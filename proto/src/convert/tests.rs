@@ -49,3 +49,16 @@ fn a_hash_of_the_wrong_length_is_named() {
     let error = hash("kv_root", &[0; 15]).expect_err("must be refused");
     assert_eq!(error.param.as_deref(), Some("kv_root"));
 }
+
+#[test]
+fn facts_of_a_newer_or_older_node_can_be_read() {
+    let facts = HostFacts {
+        boot_id: "9a11".into(),
+        memlock_bytes: Some(65_536),
+        ..HostFacts::default()
+    };
+    assert_eq!(host(&host_to_json(&facts)).unwrap(), facts);
+    let other = host(r#"{"boot_id": "9a11", "memlock_bytes": 65536, "moons": 2}"#);
+    assert_eq!(other.unwrap(), facts);
+    assert_eq!(host("no JSON").unwrap_err().code, ErrorCode::Invalid);
+}
