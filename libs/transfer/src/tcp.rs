@@ -353,22 +353,25 @@ impl Transport for TcpTransport {
     }
 
     fn movers(&self) -> Vec<Mover> {
-        let ucx = &self.shared.ucx;
-        vec![
-            Mover {
-                name: UCX.to_owned(),
-                usable: ucx.is_ok(),
-                detail: match ucx {
-                    Ok(ucx) => ucx.version().to_owned(),
-                    Err(reason) => reason.clone(),
-                },
-            },
-            Mover {
-                name: SCHEME.to_owned(),
-                usable: true,
-                detail: "built in".to_owned(),
-            },
-        ]
+        let tcp = Mover {
+            name: SCHEME.to_owned(),
+            usable: true,
+            detail: "built in".to_owned(),
+        };
+        if self.shared.config.ucx.choice == Choice::Tcp {
+            // UCX was not looked for.
+            return vec![tcp];
+        }
+        let (usable, detail) = match &self.shared.ucx {
+            Ok(ucx) => (true, ucx.version().to_owned()),
+            Err(reason) => (false, reason.clone()),
+        };
+        let ucx = Mover {
+            name: UCX.to_owned(),
+            usable,
+            detail,
+        };
+        vec![ucx, tcp]
     }
 }
 
