@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use prost::Message;
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 8] = [
     "perigee/v1/common.proto",
     "perigee/v1/decode.proto",
     "perigee/v1/inference.proto",
@@ -12,6 +12,7 @@ const FILES: [&str; 7] = [
     "perigee/v1/prefill.proto",
     "perigee/v1/registry.proto",
     "perigee/v1/store.proto",
+    "perigee/v1/transfer.proto",
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

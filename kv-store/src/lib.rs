@@ -15,6 +15,8 @@
 //! - [`log`] and [`follower`]: the numbered log and its reader's side;
 //! - [`store`]: the table and the bytes behind one handle, with guards; [`sequence`]: the blocks of one sequence;
 //! - [`service`]: what peers may ask; [`fetch`]: asking peers;
+//! - [`transfers`]: how bytes move, for people: a description, metrics, and tests through the real path; [`probe`]: what such
+//!   a test moves, and its figures;
 //! - [`store_node`]: what `perigee store` runs.
 //!
 //! Elsewhere: moving bytes (`transfer`), what the bytes mean (`engine`), which peer to ask (`router`).
@@ -25,12 +27,14 @@ pub mod fetch;
 pub mod follower;
 pub mod log;
 mod metrics;
+pub mod probe;
 mod roots;
 pub mod sequence;
 pub mod service;
 pub mod store;
 pub mod store_node;
 pub mod table;
+pub mod transfers;
 
 pub use config::Config;
 pub use fetch::{Fetch, FetchOutcome, Source, fetch_prefix};

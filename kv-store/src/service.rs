@@ -221,14 +221,14 @@ impl KvStore for Service {
     }
 }
 
-fn answer<T>(result: Result<T, Error>) -> Result<Response<T>, Status> {
+pub(crate) fn answer<T>(result: Result<T, Error>) -> Result<Response<T>, Status> {
     result
         .map(Response::new)
         .map_err(|error| status::to_status(&error))
 }
 
 /// When a promise that was asked for `ttl_ms` ends.
-fn expiry(ttl_ms: u64, ttl_max: Duration) -> Result<std::time::Instant, Error> {
+pub(crate) fn expiry(ttl_ms: u64, ttl_max: Duration) -> Result<std::time::Instant, Error> {
     if ttl_ms == 0 {
         return Err(Error::invalid("lease_ttl_ms", "lease_ttl_ms must be at least 1"));
     }
@@ -240,7 +240,7 @@ fn too_many(what: &str, full: Full, retry: Duration) -> Error {
     Error::overloaded(format!("{what}: {full}"), retry_ms)
 }
 
-fn region_to_wire(region: &RemoteRegion) -> v1::RemoteRegion {
+pub(crate) fn region_to_wire(region: &RemoteRegion) -> v1::RemoteRegion {
     v1::RemoteRegion {
         endpoint: region.endpoint.clone(),
         epoch: region.epoch.0,

@@ -328,6 +328,19 @@ impl Store {
             .collect()
     }
 
+    /// Takes up to `count` blocks for a use that is worth little: evicts no more than `evictions_max` blocks for it.
+    pub(crate) fn allocate_sparing(&self, count: usize, evictions_max: usize) -> Vec<OwnedBlock> {
+        let blocks = self.with_table(|table| {
+            let spare = table.counts().free.saturating_add(evictions_max);
+            table.allocate(count.min(spare).min(table.available()))
+        });
+        let blocks = blocks.expect("what is available can be allocated");
+        blocks
+            .into_iter()
+            .map(|block| OwnedBlock::new(self.clone(), block))
+            .collect()
+    }
+
     /// Makes a complete block available under its hash. Nobody may write it any more, not even the caller.
     ///
     /// If the hash is held already, the result is a pin of that block (the bytes are the same) and the slot

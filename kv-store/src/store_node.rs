@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use node::{Identity, LoadSource};
+use node::{Channels, Identity, LoadSource};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use transfer::{TcpTransport, TransferError, Transport};
@@ -14,6 +14,7 @@ use types::{ErrorCode, KvSpace, LoadReport, NodeRecord};
 
 use crate::service::Service;
 use crate::store::{Store, StoreError};
+use crate::transfers::{self, HostReader};
 
 /// What can be set of a store node.
 #[derive(Debug, Clone)]
@@ -73,6 +74,7 @@ impl From<StartError> for types::Error {
 pub struct StoreNode {
     store: Store,
     service: Service,
+    transfers: transfers::Service,
     shutdown: CancellationToken,
 }
 
@@ -91,12 +93,15 @@ impl StoreNode {
             transfer,
             store,
         } = config;
+        let host = HostReader::new("/".into(), &transfer.ucx.settings);
         let transport: Arc<dyn Transport> =
             TcpTransport::bind(transfer_listen, identity.epoch, transfer).await?;
+        transfers::register_metrics(metrics, &transport);
         let memory = transport.allocate(capacity_bytes)?;
         let store = Store::new(store, space, identity.epoch, memory, transport, metrics)?;
         Ok(Self {
             service: Service::new(store.clone(), shutdown.clone()),
+            transfers: transfers::Service::new(store.clone(), Channels::new(), host, shutdown.clone()),
             store,
             shutdown,
         })
@@ -109,7 +114,7 @@ impl StoreNode {
 
     /// The gRPC services of the role.
     pub fn grpc(&self) -> Routes {
-        Routes::new(self.service.server())
+        Routes::new(self.service.server()).add_service(self.transfers.server())
     }
 
     /// The node's entry in the registry, for a process that is reached at these endpoints (`host:port`).
@@ -136,7 +141,7 @@ impl StoreNode {
 
     /// Does what goes on in the background until shutdown.
     pub async fn run(self) {
-        self.service.run().await;
+        tokio::join!(self.service.run(), self.transfers.run());
     }
 }
 

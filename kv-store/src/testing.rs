@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use node::Channels;
 use proto::v1::kv_store_client::KvStoreClient;
+use proto::v1::transfer_client::TransferClient;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 use tokio_stream::wrappers::TcpListenerStream;
@@ -17,6 +18,7 @@ use types::{BlockHash, BlockId, Epoch, KvDtype, KvLayout, KvSpace, Token};
 
 use crate::service::Service;
 use crate::store::{BlockPin, Store};
+use crate::transfers::{self, HostReader};
 use crate::{Config, SequenceBlocks};
 
 pub(crate) const BLOCK_TOKENS: usize = 8;
@@ -113,6 +115,7 @@ pub(crate) fn assert_content(store: &Store, pins: &[BlockPin], chain: &[BlockHas
 pub(crate) struct Peer {
     pub(crate) store: Store,
     pub(crate) transport: Arc<dyn Transport>,
+    pub(crate) transfers: transfers::Service,
     pub(crate) grpc_endpoint: String,
     shutdown: CancellationToken,
     tasks: Vec<JoinHandle<()>>,
@@ -122,9 +125,15 @@ impl Peer {
     pub(crate) async fn start(blocks: usize, config: Config) -> Self {
         let epoch = Epoch(7);
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
-        let transport = TcpTransport::bind(address, epoch, transfer::tcp::Config::default())
-            .await
-            .unwrap();
+        // What is tested here holds whatever moves the bytes, and must not hang on a library of this machine.
+        let tcp_only = transfer::tcp::Config {
+            ucx: transfer::ucx::Config {
+                choice: transfer::ucx::Choice::Tcp,
+                ..transfer::ucx::Config::default()
+            },
+            ..transfer::tcp::Config::default()
+        };
+        let transport = TcpTransport::bind(address, epoch, tcp_only).await.unwrap();
         Self::serve(store_on(blocks, config, epoch, transport)).await
     }
 
@@ -133,16 +142,22 @@ impl Peer {
         let service = Service::new(store.clone(), shutdown.clone());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let grpc_endpoint = listener.local_addr().unwrap().to_string();
-        let server = Server::builder().add_service(service.server());
+        let host = HostReader::new("/".into(), &std::collections::BTreeMap::new());
+        let transfers = transfers::Service::new(store.clone(), channels(), host, shutdown.clone());
+        let server = Server::builder()
+            .add_service(service.server())
+            .add_service(transfers.server());
         let ended = shutdown.clone().cancelled_owned();
         let serving = server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), ended);
         let tasks = vec![
             tokio::spawn(service.run()),
+            tokio::spawn(transfers.clone().run()),
             tokio::spawn(async move { serving.await.unwrap() }),
         ];
         Self {
             transport: store.transport(),
             store,
+            transfers,
             grpc_endpoint,
             shutdown,
             tasks,
@@ -151,6 +166,10 @@ impl Peer {
 
     pub(crate) fn client(&self) -> KvStoreClient<Channel> {
         KvStoreClient::new(node::channel(&self.grpc_endpoint).unwrap())
+    }
+
+    pub(crate) fn transfer_client(&self) -> TransferClient<Channel> {
+        TransferClient::new(node::channel(&self.grpc_endpoint).unwrap())
     }
 
     /// Ends in order, and proves that it does.

@@ -45,6 +45,7 @@ const PURE: &[&str] = &[
     "kv-store/src/table.rs",
     "kv-store/src/log.rs",
     "kv-store/src/follower.rs",
+    "kv-store/src/probe.rs",
     "router/src/index.rs",
     "router/src/cost.rs",
     "router/src/placement.rs",

@@ -11,9 +11,14 @@ mod decode;
 mod inference;
 mod node;
 mod store;
+mod transfer;
 
 pub use call::UNARY_DEADLINE;
 pub use decode::{Decode, DecodeEvent, DecodeStream};
 pub use inference::{ClusterStatus, GenerateEvent, GenerateStream, Inference, NodeStatus};
 pub use node::{LoadStream, Node, NodeInfo};
 pub use store::{Acquired, LogBatch, LogStream, RemoteBlock, RemoteRegion, Reserved, Store, StoreStats};
+pub use transfer::{
+    Transfer, TransferDescription, TransferDirection, TransferLink, TransferMeasurement, TransferMover,
+    TransferTest, TransferTestStream,
+};

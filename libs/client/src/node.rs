@@ -6,6 +6,9 @@ use proto::v1;
 use proto::v1::node_client::NodeClient;
 use tonic::Streaming;
 use tonic::transport::Channel;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 use types::{Error, LoadReport, NodeRecord};
 
 use crate::call::{self, UNARY_DEADLINE};
@@ -14,6 +17,7 @@ use crate::call::{self, UNARY_DEADLINE};
 #[derive(Debug, Clone)]
 pub struct Node {
     client: NodeClient<Channel>,
+    health: HealthClient<Channel>,
     deadline: Duration,
 }
 
@@ -30,6 +34,7 @@ impl Node {
     /// Calls over `channel`.
     pub fn new(channel: Channel) -> Self {
         Self {
+            health: HealthClient::new(channel.clone()),
             client: NodeClient::new(channel).max_decoding_message_size(proto::MESSAGE_BYTES_MAX),
             deadline: UNARY_DEADLINE,
         }
@@ -54,6 +59,18 @@ impl Node {
             record: proto::convert::record(&response.record_json)?,
             version: response.version,
         })
+    }
+
+    /// Asks whether the node takes requests (`grpc.health.v1`). One that starts or drains does not.
+    ///
+    /// # Errors
+    ///
+    /// The node cannot be reached in time.
+    pub async fn serving(&self) -> Result<bool, Error> {
+        let mut client = self.health.clone();
+        let request = call::request(HealthCheckRequest::default(), self.deadline);
+        let response = call::unary("Health/Check", self.deadline, client.check(request)).await?;
+        Ok(response.status() == ServingStatus::Serving)
     }
 
     /// Follows the node's load: a report at once, then one per `interval`; zero takes the node's own.

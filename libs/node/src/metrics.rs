@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use prometheus_client::collector::Collector;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 
@@ -66,6 +67,23 @@ impl Metrics {
     /// Adds a histogram with the upper bounds `buckets`, such as [`LATENCY_SECONDS`].
     pub fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
         self.register(name, help, Histogram::new(buckets.iter().copied()))
+    }
+
+    /// Adds metrics that are counted elsewhere: `collector` is asked for them whenever the page is read, so it must
+    /// neither block nor wait. `names` are those it shows.
+    ///
+    /// # Panics
+    ///
+    /// As [`Metrics::register`].
+    pub fn collect(&self, names: &[&str], collector: Box<dyn Collector>) {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        for name in names {
+            assert!(
+                shared.names.insert((*name).to_owned()),
+                "metric {name} is registered twice"
+            );
+        }
+        shared.registry.register_collector(collector);
     }
 
     /// The names that were registered, in order.
