@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::output::Format;
 use crate::pull::PullArgs;
+use crate::settings::Transport;
 
 /// KV-cache-centric serving of language models: prefill, decode, a distributed KV store, and a router.
 #[derive(Debug, Parser)]
@@ -99,6 +100,9 @@ pub(crate) struct SettingFlags {
     /// Tokens per KV block; the same on all nodes.
     #[arg(long)]
     pub(crate) block_tokens: Option<usize>,
+    /// What moves KV between nodes.
+    #[arg(long, value_enum)]
+    pub(crate) transport: Option<Transport>,
     /// Any setting, as SECTION.KEY=VALUE. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
@@ -232,6 +236,9 @@ pub(crate) struct DemoArgs {
     /// Decode nodes.
     #[arg(long, default_value_t = 2)]
     pub(crate) decode: usize,
+    /// What moves KV between nodes.
+    #[arg(long, value_enum)]
+    pub(crate) transport: Option<Transport>,
 }
 
 /// Flags of `config`.

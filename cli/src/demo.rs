@@ -33,6 +33,7 @@ pub(crate) async fn run(arguments: DemoArgs, format: Format) -> anyhow::Result<(
     let up = UpArgs {
         settings: SettingFlags {
             model: Some(arguments.model),
+            transport: arguments.transport,
             set: vec![disaggregate],
             ..SettingFlags::default()
         },

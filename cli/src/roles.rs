@@ -30,6 +30,9 @@ pub(crate) fn run(role: Role, flags: &RoleArgs) -> anyhow::Result<()> {
     settings::warn_of_unknown(&loaded);
     let settings = loaded.value;
     settings.validate()?;
+    if role != Role::Router {
+        settings.transfer.check_library()?;
+    }
     let model = model_path(&settings)?;
     if flags.check_config {
         return check(&loaded.unknown_keys);

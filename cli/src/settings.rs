@@ -5,6 +5,7 @@
 
 mod reference;
 mod sections;
+mod transfer;
 
 use anyhow::bail;
 use node::config::Loaded;
@@ -17,6 +18,7 @@ pub(crate) use sections::{
     DecodeSettings, KvSettings, LogSettings, ModelSettings, NodeSettings, PrefillSettings, RegistrySettings,
     StoreSettings,
 };
+pub(crate) use transfer::{TransferSettings, Transport};
 
 /// The whole configuration.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -26,6 +28,7 @@ pub(crate) struct Settings {
     pub(crate) registry: RegistrySettings,
     pub(crate) model: ModelSettings,
     pub(crate) kv: KvSettings,
+    pub(crate) transfer: TransferSettings,
     pub(crate) router: router::Config,
     pub(crate) prefill: PrefillSettings,
     pub(crate) decode: DecodeSettings,
@@ -65,6 +68,7 @@ fn setting_overrides(flags: &SettingFlags) -> anyhow::Result<Vec<(String, String
         threads,
         kv_memory,
         block_tokens,
+        transport,
         set,
     } = flags;
     let precision = precision.map(|precision| match precision {
@@ -81,6 +85,10 @@ fn setting_overrides(flags: &SettingFlags) -> anyhow::Result<Vec<(String, String
         ("model.threads", threads.map(|threads| threads.to_string())),
         ("kv.memory", kv_memory.clone()),
         ("kv.block_tokens", block_tokens.map(|tokens| tokens.to_string())),
+        (
+            "transfer.transport",
+            transport.map(|transport| transport.as_str().to_owned()),
+        ),
     ];
     let mut overrides: Vec<(String, String)> = named
         .into_iter()
@@ -107,6 +115,7 @@ impl Settings {
     pub(crate) fn validate(&self) -> Result<(), Error> {
         self.node.validate()?;
         self.kv.validate()?;
+        self.transfer.validate()?;
         self.router
             .validate()
             .map_err(|error| Error::invalid("router", error.to_string()))?;

@@ -260,6 +260,7 @@ fn child_arguments(arguments: &UpArgs, registry: &str, role: Role, id: &str) -> 
         threads,
         kv_memory,
         block_tokens,
+        transport,
         set,
     } = &arguments.settings;
     let mut flag = |name: &str, value: OsString| list.extend([name.into(), value]);
@@ -287,6 +288,9 @@ fn child_arguments(arguments: &UpArgs, registry: &str, role: Role, id: &str) -> 
     }
     if let Some(tokens) = block_tokens {
         flag("--block-tokens", tokens.to_string().into());
+    }
+    if let Some(transport) = transport {
+        flag("--transport", transport.as_str().into());
     }
     for setting in set {
         flag("--set", setting.into());

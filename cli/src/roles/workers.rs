@@ -195,6 +195,7 @@ async fn open_pool(process: &Process, space: KvSpace) -> anyhow::Result<StoreNod
         transfer_listen: SocketAddr::new(settings.node.listen, settings.node.transfer_port),
         transfer: transfer::tcp::Config {
             advertise_host: (!advertise.is_empty()).then(|| advertise.clone()),
+            ucx: settings.transfer.ucx_config(),
             ..transfer::tcp::Config::default()
         },
         store: settings.store.config(),

@@ -70,6 +70,40 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
         ],
     ),
     (
+        "transfer",
+        &[
+            (
+                "transport",
+                "What moves KV between nodes. `auto`: UCX for each pair where it offers more than TCP, built-in TCP for the \
+                others; `tcp`: built-in TCP only; `ucx`: UCX for every pair, and no start without it.",
+            ),
+            (
+                "ucx_library",
+                "File of the UCX library; empty is `libucp.so.0`, wherever the system finds it.",
+            ),
+            (
+                "ucx_tls",
+                "Transports that UCX may use, such as `rc,sm,self` (`UCX_TLS`); empty leaves it to UCX and its environment.",
+            ),
+            (
+                "ucx_net_devices",
+                "Adapters that UCX may use, such as `mlx5_0:1,mlx5_1:1` (`UCX_NET_DEVICES`); empty leaves it to UCX.",
+            ),
+            (
+                "ucx_max_rma_rails",
+                "Adapters over which UCX spreads one transfer (`UCX_MAX_RMA_RAILS`); 0 leaves it to UCX.",
+            ),
+            (
+                "ucx",
+                "A section of any other setting of UCX, without its `UCX_`: `[transfer.ucx]` with `MAX_RNDV_RAILS = \"2\"`.",
+            ),
+            (
+                "ucx_spin",
+                "How long the thread that drives UCX looks for more work before it sleeps.",
+            ),
+        ],
+    ),
+    (
         "router",
         &[
             (
