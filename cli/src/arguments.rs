@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use node::config::{ByteSize, Duration};
 
 use crate::output::Format;
 use crate::pull::PullArgs;
@@ -50,9 +51,14 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Show the cluster's nodes and load
     Status,
+    /// Say what is wrong with the cluster, or with this machine, and what to do about it
+    Check(CheckArgs),
     /// The cluster's nodes
     #[command(subcommand)]
     Node(NodeCommand),
+    /// How KV moves between nodes
+    #[command(subcommand)]
+    Transfer(TransferCommand),
     /// Models on this machine
     #[command(subcommand)]
     Model(ModelCommand),
@@ -65,6 +71,55 @@ pub(crate) enum Command {
 pub(crate) enum NodeCommand {
     /// List the nodes with their addresses and load
     List,
+}
+
+/// `perigee transfer`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum TransferCommand {
+    /// Show what each pair of nodes uses, and why nothing better
+    List,
+    /// Measure bandwidth and latency between two nodes' pools, and verify what arrives
+    Test(TransferTestArgs),
+}
+
+/// Flags of `transfer test`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct TransferTestArgs {
+    /// Node that writes and reads.
+    pub(crate) from: String,
+    /// Node whose memory is written and read.
+    pub(crate) to: String,
+    /// Largest transfer; at most 16MiB.
+    #[arg(long, value_name = "SIZE", default_value = "16MiB")]
+    pub(crate) bytes: ByteSize,
+    /// Time for all measurements together; at most 1m.
+    #[arg(long, value_name = "TIME", default_value = "5s")]
+    pub(crate) duration: Duration,
+    /// Which way to measure.
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) direction: TransferDirection,
+}
+
+/// Which way a test moves bytes.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TransferDirection {
+    /// Writes, then reads.
+    #[default]
+    Both,
+    /// FROM writes to TO's memory.
+    Write,
+    /// FROM reads TO's memory.
+    Read,
+}
+
+/// Flags of `check`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct CheckArgs {
+    /// Check this machine and the settings only, before there is a cluster.
+    #[arg(long)]
+    pub(crate) pre: bool,
+    #[command(flatten)]
+    pub(crate) settings: SettingFlags,
 }
 
 /// `perigee model`.

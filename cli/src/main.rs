@@ -1,17 +1,20 @@
 //! The one binary: all roles, `up`, and the cluster admin commands.
 //!
 //! Data go to stdout, everything else to stderr. The exit code says what kind of failure it was
-//! (`types::ErrorCode::exit`, after `sysexits.h`).
+//! (`types::ErrorCode::exit`, after `sysexits.h`), or 10 where `perigee check` found something wrong.
 
 mod arguments;
 mod chat;
+mod check;
 mod demo;
 mod generate;
+mod nodes;
 mod output;
 mod pull;
 mod roles;
 mod settings;
 mod status;
+mod transfers;
 mod up;
 
 use std::process::ExitCode;
@@ -19,7 +22,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use types::ErrorCode;
 
-use arguments::{Arguments, Command, ModelCommand, NodeCommand};
+use arguments::{Arguments, Command, ModelCommand, NodeCommand, TransferCommand};
 
 fn main() -> ExitCode {
     // Before there are threads. That there are none is a property of this function, so the result says nothing.
@@ -48,6 +51,9 @@ fn main() -> ExitCode {
 
 /// The exit code of the first cause that knows its kind.
 fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<check::Unhealthy>() {
+        return check::UNHEALTHY_EXIT;
+    }
     let known = error.chain().find_map(|cause| {
         let typed = cause.downcast_ref::<types::Error>().map(|error| error.code);
         typed.or_else(|| {
@@ -75,6 +81,9 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Chat(flags) => block_on(chat::run(flags, &router, output)),
         Command::Generate(flags) => block_on(generate::run(flags, &router, output)),
         Command::Status => block_on(status::cluster(&router, output)),
+        Command::Check(flags) => block_on(check::run(flags, &router, output)),
+        Command::Transfer(TransferCommand::List) => block_on(transfers::list(&router, output)),
+        Command::Transfer(TransferCommand::Test(flags)) => block_on(transfers::test(flags, &router, output)),
         Command::Node(NodeCommand::List) => block_on(status::nodes(&router, output)),
         Command::Model(ModelCommand::Pull(flags)) => pull::pull(&flags, output),
         Command::Model(ModelCommand::List) => pull::list(output),

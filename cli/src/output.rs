@@ -60,6 +60,15 @@ pub(crate) fn byte_bar(what: &str, total: Option<u64>) -> ProgressBar {
     bar
 }
 
+/// A bar over steps on stderr, hidden where stderr is no terminal.
+pub(crate) fn step_bar(what: &str) -> ProgressBar {
+    let bar = ProgressBar::new(0);
+    let style = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_message(what.to_owned());
+    bar
+}
+
 /// `1.5 MiB`.
 pub(crate) fn bytes(value: u64) -> String {
     let mut value = value as f64;

@@ -36,6 +36,12 @@ pub(crate) struct Settings {
     pub(crate) log: LogSettings,
 }
 
+/// Puts file, environment and flags together, for a command that is no role.
+pub(crate) fn load_for_command(flags: &SettingFlags) -> anyhow::Result<Loaded<Settings>> {
+    let overrides = setting_overrides(flags)?;
+    Ok(node::config::load(flags.config.as_deref(), overrides)?)
+}
+
 /// Puts file, environment and flags together.
 pub(crate) fn load(flags: &RoleArgs) -> anyhow::Result<Loaded<Settings>> {
     let mut overrides = setting_overrides(&flags.settings)?;
@@ -130,8 +136,7 @@ pub(crate) fn show(flags: &ConfigArgs, format: Format) -> anyhow::Result<()> {
         print!("{}", reference::markdown()?);
         return Ok(());
     }
-    let overrides = setting_overrides(&flags.settings)?;
-    let loaded: Loaded<Settings> = node::config::load(flags.settings.config.as_deref(), overrides)?;
+    let loaded = load_for_command(&flags.settings)?;
     warn_of_unknown(&loaded);
     loaded.value.validate()?;
     match format {

@@ -2,15 +2,17 @@
 
 #![allow(missing_docs)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use engine::fixture::{TinyModel, write_tiny_gguf};
+use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
-use tests::{Cluster, perigee, root};
+use tests::{Cluster, free_port, perigee, root, wait_for};
+use types::ErrorCode;
 
 fn tiny(folder: &Path) -> PathBuf {
     let path = folder.join("tiny.gguf");
@@ -23,6 +25,17 @@ fn run(arguments: &[&str]) -> String {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{arguments:?}: {errors}");
     String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// The exit code and what was printed.
+fn run_to_end(arguments: &[&str]) -> (i32, String) {
+    let output = Command::new(perigee()).args(arguments).output().expect("start");
+    let printed = String::from_utf8(output.stdout).expect("UTF-8");
+    (output.status.code().expect("no signal ended it"), printed)
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
 }
 
 fn get(url: &str) -> String {
@@ -137,4 +150,235 @@ fn documented(pages: &[String]) {
         written == page,
         "docs/metrics.md is not what the roles show: PERIGEE_UPDATE_GOLDEN=1\n{page}"
     );
+}
+
+/// Messages of the findings that are `level`, with their subjects.
+fn findings(report: &Value, level: &str) -> Vec<String> {
+    let all = report["findings"].as_array().expect("findings").iter();
+    all.filter(|finding| finding["level"] == level)
+        .map(|finding| format!("{} {}", finding["subjects"], finding["message"]))
+        .collect()
+}
+
+#[test]
+fn transfers_are_listed_measured_and_verified_between_the_nodes_pools() {
+    let folder = tempfile::tempdir().expect("folder");
+    let arguments = [
+        "--prefill",
+        "1",
+        "--decode",
+        "1",
+        "--store",
+        "1",
+        "--transport",
+        "tcp",
+    ];
+    let cluster = Cluster::start(&tiny(folder.path()), &arguments);
+    let router = cluster.ready.grpc.trim_start_matches("http://");
+    let between = [
+        "transfer",
+        "test",
+        "prefill-0",
+        "store-0",
+        "--router",
+        router,
+        "--bytes",
+        "1MiB",
+    ];
+    let measured = json(&run(&[&between[..], &["--duration", "1s", "-o", "json"]].concat()));
+    assert_eq!(
+        (&measured["complete"], &measured["to"]),
+        (&true.into(), &"store-0".into())
+    );
+    let rows = measured["measurements"].as_array().expect("measurements");
+    assert_eq!(
+        rows.len(),
+        5 * 2,
+        "five sizes from 4 KiB to 1 MiB, both ways: {measured}"
+    );
+    for row in rows {
+        assert_eq!(row["uses"], "tcp", "{row}");
+        let figure = |key: &str| row[key].as_f64().expect("a number");
+        assert!(
+            figure("bytes_per_second") > 0.0 && figure("transfers") >= 3.0,
+            "{row}"
+        );
+        assert!(figure("latency_p50_us") <= figure("latency_p99_us"), "{row}");
+    }
+    let table = run(&[&between[..], &["--duration", "100ms", "--direction", "read"]].concat());
+    assert!(
+        table.contains("all bytes verified") && !table.contains("write"),
+        "{table}"
+    );
+
+    let status = json(&run(&["status", "-o", "json", "--router", router]));
+    let store = status["nodes"].as_array().expect("nodes").iter();
+    let store = store
+        .clone()
+        .find(|node| node["record"]["id"] == "store-0")
+        .expect("member");
+    let metrics = get(&format!(
+        "http://{}/metrics",
+        store["record"]["http_endpoint"].as_str().expect("text")
+    ));
+    let counted = |direction: &str| -> u64 {
+        let line = format!("perigee_transfer_bytes_total{{transport=\"tcp\",direction=\"{direction}\"}} ");
+        let value = metrics
+            .lines()
+            .find_map(|found| found.strip_prefix(line.as_str()));
+        value.expect("is shown").parse().expect("a number")
+    };
+    assert!(
+        counted("received") > 1 << 20 && counted("served") > 1 << 20,
+        "{metrics}"
+    );
+    assert!(
+        metrics.contains("perigee_kvstore_blocks{state=\"owned\"} 0\n"),
+        "blocks are given back: {metrics}"
+    );
+
+    let listed = json(&run(&["transfer", "list", "-o", "json", "--router", router]));
+    let pairs = listed["pairs"].as_array().expect("pairs");
+    let ids: BTreeSet<(&str, &str)> = pairs
+        .iter()
+        .map(|pair| {
+            (
+                pair["from"].as_str().expect("id"),
+                pair["to"].as_str().expect("id"),
+            )
+        })
+        .collect();
+    assert_eq!(ids.len(), 6, "each of three nodes to both others: {listed}");
+    let link = link(&listed, "prefill-0", "store-0");
+    assert_eq!(link["uses"], "tcp", "{link}");
+    assert!(
+        link["obstacle"].as_str().expect("text").contains("TCP only"),
+        "{link}"
+    );
+    for counted in ["written_bytes", "read_bytes"] {
+        assert!(link[counted].as_u64().expect("bytes") > 1 << 20, "{link}");
+    }
+    let hosts = listed["nodes"].as_array().expect("nodes").iter();
+    let hosts: BTreeSet<&str> = hosts
+        .map(|node| node["host"]["boot_id"].as_str().expect("text"))
+        .collect();
+    assert_eq!(hosts.len(), 1, "they run on one host");
+    let table = run(&["transfer", "list", "--router", router]);
+    assert!(table.matches("prefill-0").count() >= 4, "{table}");
+
+    let unknown = ["transfer", "test", "prefill-0", "store-9", "--router", router];
+    assert_eq!(run_to_end(&unknown).0, i32::from(ErrorCode::NotFound.exit()));
+}
+
+/// How one node reaches another, in what `transfer list` says.
+fn link<'a>(listed: &'a Value, from: &str, to: &str) -> &'a Value {
+    let mut pairs = listed["pairs"].as_array().expect("pairs").iter();
+    let pair = pairs.find(|pair| pair["from"] == from && pair["to"] == to);
+    &pair.unwrap_or_else(|| panic!("no pair {from} {to}: {listed}"))["link"]
+}
+
+#[test]
+fn nodes_of_one_host_use_ucx_where_it_is_and_say_why_where_not() {
+    let folder = tempfile::tempdir().expect("folder");
+    let cluster = Cluster::start(&tiny(folder.path()), &["--prefill", "1", "--decode", "1"]);
+    let router = cluster.ready.grpc.trim_start_matches("http://");
+    let list = || json(&run(&["transfer", "list", "-o", "json", "--router", router]));
+    let test = [
+        "transfer",
+        "test",
+        "prefill-0",
+        "decode-0",
+        "-o",
+        "json",
+        "--router",
+        router,
+    ];
+    let test = |more: [&str; 4]| json(&run(&[&test[..], &more].concat()));
+
+    let listed = list();
+    let mut movers = listed["nodes"].as_array().expect("nodes").iter().map(|node| {
+        let movers = node["movers"].as_array().expect("movers").iter();
+        movers
+            .clone()
+            .find(|mover| mover["name"] == "ucx")
+            .expect("looked for")
+    });
+    let everywhere = movers.all(|mover| mover["usable"] == true);
+    let best = if everywhere { "ucx" } else { "tcp" };
+    // Two nodes use TCP until they know each other.
+    let link = wait_for("the nodes to use the best that both have", || {
+        test(["--bytes", "4KiB", "--duration", "100ms"]);
+        let link = link(&list(), "prefill-0", "decode-0").clone();
+        (link["uses"] == best).then_some(link)
+    });
+    assert_eq!(
+        link["obstacle"].as_str().expect("text").is_empty(),
+        everywhere,
+        "{link}"
+    );
+    let measured = test(["--bytes", "1MiB", "--duration", "500ms"]);
+    for row in measured["measurements"].as_array().expect("measurements") {
+        assert_eq!(row["uses"], best, "{measured}");
+    }
+}
+
+#[test]
+fn a_check_tells_a_healthy_cluster_from_one_with_a_silent_node() {
+    let folder = tempfile::tempdir().expect("folder");
+    let cluster = Cluster::start(&tiny(folder.path()), &["--prefill", "1", "--decode", "2"]);
+    let router = cluster.ready.grpc.trim_start_matches("http://");
+    let check = ["check", "-o", "json", "--router", router];
+    let (code, printed) = run_to_end(&check);
+    let report = json(&printed);
+    assert_eq!((code, &report["healthy"]), (0, &true.into()), "{printed}");
+    let (code, printed) = run_to_end(&["check", "--router", router]);
+    assert!(code == 0 && printed.contains("0 failed"), "{printed}");
+
+    let silent = cluster
+        .ready
+        .nodes
+        .iter()
+        .find(|node| node.id == "decode-1")
+        .expect("node");
+    let silent = nix::unistd::Pid::from_raw(silent.pid);
+    kill(silent, Signal::SIGSTOP).expect("it lives");
+    let (code, printed) = run_to_end(&check);
+    kill(silent, Signal::SIGCONT).expect("it lives");
+    let report = json(&printed);
+    assert_eq!((code, &report["healthy"]), (10, &false.into()), "{printed}");
+    let failed = findings(&report, "failed");
+    assert!(
+        failed.iter().any(|found| found.contains("does not answer")),
+        "{printed}"
+    );
+    assert!(failed.iter().all(|found| found.contains("decode-1")), "{printed}");
+}
+
+#[test]
+fn a_check_without_a_cluster_judges_the_machine_and_the_settings() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = tiny(folder.path()).display().to_string();
+    let (code, printed) = run_to_end(&["check", "--pre", "--model", &model, "-o", "json"]);
+    let report = json(&printed);
+    let passed = findings(&report, "passed");
+    assert!(
+        passed
+            .iter()
+            .any(|found| found.contains("the settings are valid")),
+        "{printed}"
+    );
+    // What is wrong with the machine itself, if anything, is about its adapters.
+    let failed = findings(&report, "failed");
+    assert_eq!(code, if failed.is_empty() { 0 } else { 10 }, "{printed}");
+
+    let (code, printed) = run_to_end(&["check", "--pre", "--model", "/nowhere.gguf"]);
+    assert!(
+        code == 10 && printed.contains("× model /nowhere.gguf does not exist"),
+        "{printed}"
+    );
+    assert!(printed.contains("hint: perigee model pull"), "{printed}");
+
+    let nobody = format!("127.0.0.1:{}", free_port());
+    let (code, printed) = run_to_end(&["check", "--router", &nobody]);
+    assert!(code == 10 && printed.contains("does not answer"), "{printed}");
 }

@@ -1,0 +1,284 @@
+//! `perigee check`: what is wrong with the cluster, or with this machine, and what to do about it.
+//!
+//! Findings are grouped in the order in which one thing rests on the other. A failure is what keeps the cluster from
+//! working as it was set up; a warning is what could be better; each says what to do. The judgement is pure
+//! (`cluster.rs`, `host.rs`); this file asks, prints, and gives the exit code.
+
+mod cluster;
+mod host;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Instant;
+
+use client::TransferMover;
+use node::config::Loaded;
+use node::task;
+use serde::Serialize;
+use serde_json::json;
+use transfer::{TcpTransport, Transport};
+use types::{Epoch, Error};
+
+use crate::arguments::CheckArgs;
+use crate::generate::inference;
+use crate::nodes;
+use crate::output::{self, Format};
+use crate::settings::{self, Settings};
+
+/// The exit code where something is wrong; the codes of failing commands start at 64.
+pub(crate) const UNHEALTHY_EXIT: u8 = 10;
+/// Subjects that are named before the rest is counted.
+const SUBJECTS_SHOWN_MAX: usize = 6;
+
+/// Something is wrong.
+#[derive(Debug)]
+pub(crate) struct Unhealthy {
+    failed: usize,
+    total: usize,
+}
+
+impl fmt::Display for Unhealthy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {} checks failed", self.failed, self.total)
+    }
+}
+
+impl std::error::Error for Unhealthy {}
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Level {
+    Passed,
+    Warning,
+    Failed,
+}
+
+/// What one check found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+struct Finding {
+    group: &'static str,
+    level: Level,
+    /// What it is about: nodes, or pairs of them. Empty for the cluster as a whole.
+    subjects: Vec<String>,
+    message: String,
+    /// What to do about it. Empty where nothing is to be done.
+    hint: String,
+}
+
+impl Finding {
+    fn passed(group: &'static str, subject: &str, message: impl Into<String>) -> Self {
+        Self {
+            group,
+            level: Level::Passed,
+            subjects: (!subject.is_empty())
+                .then(|| subject.to_owned())
+                .into_iter()
+                .collect(),
+            message: message.into(),
+            hint: String::new(),
+        }
+    }
+
+    fn warning(
+        group: &'static str,
+        subject: &str,
+        message: impl Into<String>,
+        hint: impl Into<String>,
+    ) -> Self {
+        Self {
+            level: Level::Warning,
+            hint: hint.into(),
+            ..Self::passed(group, subject, message)
+        }
+    }
+
+    fn failed(
+        group: &'static str,
+        subject: &str,
+        message: impl Into<String>,
+        hint: impl Into<String>,
+    ) -> Self {
+        Self {
+            level: Level::Failed,
+            ..Self::warning(group, subject, message, hint)
+        }
+    }
+}
+
+/// Puts together what was found alike of several subjects, where the first of them stood.
+fn merge(findings: Vec<Finding>) -> Vec<Finding> {
+    let mut merged: Vec<Finding> = Vec::new();
+    for finding in findings {
+        let alike = |known: &&mut Finding| {
+            !finding.subjects.is_empty()
+                && (known.group, known.level, &known.message, &known.hint)
+                    == (finding.group, finding.level, &finding.message, &finding.hint)
+        };
+        match merged.iter_mut().find(alike) {
+            Some(known) => known.subjects.extend(finding.subjects),
+            None => merged.push(finding),
+        }
+    }
+    merged
+}
+
+/// Checks, prints, and fails with [`Unhealthy`] where something is wrong.
+pub(crate) async fn run(arguments: CheckArgs, router: &str, format: Format) -> anyhow::Result<()> {
+    let findings = if arguments.pre {
+        before(&arguments).await?
+    } else {
+        cluster::judge(&ask(router).await?)
+    };
+    let findings = merge(findings);
+    let count = |level| findings.iter().filter(|finding| finding.level == level).count();
+    let (failed, warnings) = (count(Level::Failed), count(Level::Warning));
+    match format {
+        Format::Json => output::print_json(&json!({ "healthy": failed == 0, "findings": findings }))?,
+        Format::Text => {
+            print(&findings);
+            println!(
+                "{failed} failed, {warnings} warnings, {} passed",
+                count(Level::Passed)
+            );
+        }
+    }
+    if failed > 0 {
+        let total = findings.len();
+        return Err(Unhealthy { failed, total }.into());
+    }
+    Ok(())
+}
+
+fn print(findings: &[Finding]) {
+    let mut group = "";
+    for finding in findings {
+        if finding.group != group {
+            group = finding.group;
+            println!("{group}");
+        }
+        let mark = match finding.level {
+            Level::Passed => '√',
+            Level::Warning => '‼',
+            Level::Failed => '×',
+        };
+        println!("{mark} {}{}", subjects(&finding.subjects), finding.message);
+        if !finding.hint.is_empty() {
+            println!("    hint: {}", finding.hint);
+        }
+    }
+    println!();
+}
+
+/// `a, b: `, or nothing.
+fn subjects(subjects: &[String]) -> String {
+    let rest = subjects.len().saturating_sub(SUBJECTS_SHOWN_MAX);
+    let shown = &subjects[..subjects.len() - rest];
+    match (shown.is_empty(), rest) {
+        (true, _) => String::new(),
+        (false, 0) => format!("{}: ", shown.join(", ")),
+        (false, rest) => format!("{} and {rest} more: ", shown.join(", ")),
+    }
+}
+
+/// Asks the router, then every node.
+async fn ask(router: &str) -> anyhow::Result<cluster::Answers> {
+    let asked = Instant::now();
+    let status = inference(router)?.cluster_status().await;
+    let records: Vec<_> = status
+        .iter()
+        .flat_map(|status| status.nodes.iter().map(|node| node.record.clone()))
+        .collect();
+    let took = asked.elapsed();
+    let (nodes, transfers) = tokio::join!(nodes::ask(&records), nodes::describe(&records));
+    Ok(cluster::Answers {
+        router: router.to_owned(),
+        status,
+        took,
+        nodes,
+        transfers,
+    })
+}
+
+/// Checks this machine and the settings.
+async fn before(arguments: &CheckArgs) -> anyhow::Result<Vec<Finding>> {
+    let loaded = settings::load_for_command(&arguments.settings)?;
+    let mut findings = judge_settings(&loaded);
+    let settings = loaded.value;
+    let facts = task::blocking("host-facts", || node::host::read(Path::new("/"))).await?;
+    let facts = types::HostFacts {
+        gid_index: node::host::gid_index(&settings.transfer.ucx_config().settings),
+        ..facts
+    };
+    let movers = match movers(&settings).await {
+        Ok(movers) => movers,
+        Err(error) => {
+            findings.push(Finding::failed(
+                host::GROUP,
+                "",
+                error.to_string(),
+                "install what is missing, or set transfer.transport to auto or tcp",
+            ));
+            Vec::new()
+        }
+    };
+    findings.extend(host::judge("", &facts, &movers, settings.kv.memory.0));
+    Ok(findings)
+}
+
+fn judge_settings(loaded: &Loaded<Settings>) -> Vec<Finding> {
+    const GROUP: &str = "settings";
+    let settings = &loaded.value;
+    let valid = settings
+        .validate()
+        .and_then(|()| settings.transfer.check_library());
+    let mut findings = vec![match (valid, loaded.unknown_keys.as_slice()) {
+        (Err(error), _) => Finding::failed(
+            GROUP,
+            "",
+            error.message,
+            "docs/configuration.md lists every setting",
+        ),
+        (Ok(()), []) => Finding::passed(GROUP, "", "the settings are valid"),
+        (Ok(()), keys) => Finding::warning(
+            GROUP,
+            "",
+            format!("nobody reads these settings: {}", keys.join(", ")),
+            "correct or remove them; --check-config of a role refuses them",
+        ),
+    }];
+    let model = &settings.model.path;
+    if !model.is_empty() {
+        findings.push(match Path::new(model).exists() {
+            true => Finding::passed(GROUP, "", format!("model {model} is there")),
+            false => Finding::failed(
+                GROUP,
+                "",
+                format!("model {model} does not exist"),
+                "perigee model pull gets one",
+            ),
+        });
+    }
+    findings
+}
+
+/// What a node with these settings could move bytes with here: it is tried, as a node does.
+async fn movers(settings: &Settings) -> Result<Vec<TransferMover>, Error> {
+    let config = transfer::tcp::Config {
+        ucx: settings.transfer.ucx_config(),
+        ..transfer::tcp::Config::default()
+    };
+    let transport = TcpTransport::bind(SocketAddr::from(([127, 0, 0, 1], 0)), Epoch(0), config).await?;
+    let movers = transport.movers().into_iter().map(|mover| TransferMover {
+        name: mover.name,
+        usable: mover.usable,
+        detail: mover.detail,
+    });
+    let movers = movers.collect();
+    transport.close().await;
+    Ok(movers)
+}
+
+#[cfg(test)]
+mod tests;
