@@ -125,15 +125,9 @@ impl Peer {
     pub(crate) async fn start(blocks: usize, config: Config) -> Self {
         let epoch = Epoch(7);
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
-        // What is tested here holds whatever moves the bytes, and must not hang on a library of this machine.
-        let tcp_only = transfer::tcp::Config {
-            ucx: transfer::ucx::Config {
-                choice: transfer::ucx::Choice::Tcp,
-                ..transfer::ucx::Config::default()
-            },
-            ..transfer::tcp::Config::default()
-        };
-        let transport = TcpTransport::bind(address, epoch, tcp_only).await.unwrap();
+        let transport = TcpTransport::bind(address, epoch, transfer::tcp::Config::default())
+            .await
+            .unwrap();
         Self::serve(store_on(blocks, config, epoch, transport)).await
     }
 

@@ -1,7 +1,7 @@
 //! Moving bytes by UCX: RDMA, NVLink and shared memory, through a library that is loaded at run time.
 //!
 //! Invariant, **nobody but a node itself writes its memory**: a peer never gets to put bytes here. It says where its
-//! bytes are ([`Exposed`]), and this node reads them: from the peer's memory where that is mapped into this process, by a
+//! bytes are, and this node reads them: from the peer's memory where that is mapped into this process, by a
 //! get of the network card otherwise. So the fence needs nobody's word: copies are made inside the grant's gate, gets
 //! are counted by the grant they write to, and an endpoint that is closed by force ends its gets.
 //!
