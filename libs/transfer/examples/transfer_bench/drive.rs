@@ -37,8 +37,8 @@ pub(crate) struct Case {
     /// Batches at the same time, or streams.
     #[serde(default = "Case::one")]
     in_flight: u64,
-    /// Places that a lane goes through. With few of them, bytes are in the processor's caches.
-    #[serde(default = "Case::default_places")]
+    /// Places that a lane goes through, one after the other. With few of them, bytes are in the processor's caches.
+    #[serde(default = "Case::one")]
     places: u64,
     /// Whether the receiving side hashes what landed.
     #[serde(default)]
@@ -77,11 +77,6 @@ impl Case {
 
     fn one() -> u64 {
         1
-    }
-
-    /// One to transfer to while the other one is verified.
-    fn default_places() -> u64 {
-        2
     }
 
     fn default_seconds() -> f64 {
@@ -242,10 +237,16 @@ async fn run_lane(ends: &Arc<Ends>, case: &Case, lane: u64, until: Instant) -> R
     Ok(done)
 }
 
+/// Where the slices of a place land, given by offset and length, and the hash that each must have.
+struct Expected {
+    ranges: Vec<(u64, u64)>,
+    hashes: Vec<u64>,
+}
+
 /// Has landed slices hashed where they landed.
 struct Verifier {
-    /// By place: where its slices land, and what their hashes must be.
-    expected: Vec<(Vec<(u64, u64)>, Vec<u64>)>,
+    /// By place.
+    expected: Vec<Expected>,
     far: Far,
     /// Places that are being hashed here, the oldest first.
     here: VecDeque<(u64, JoinHandle<Result<Vec<u64>>>)>,
@@ -268,10 +269,16 @@ impl Verifier {
                 .map(|slice| (slice.remote_offset, slice.len))
                 .collect();
             expected.push(match case.op {
-                Operation::Write => (remote, serve::hashes(&*ends.pool, &local)?),
+                Operation::Write => {
+                    let hashes = serve::hashes(&*ends.pool, &local)?;
+                    let ranges = remote;
+                    Expected { ranges, hashes }
+                }
                 Operation::Read | Operation::Stream => {
                     far.ask(&serde_json::to_string(&remote)?).await?;
-                    (local, serde_json::from_str(&far.answer().await?)?)
+                    let hashes = serde_json::from_str(&far.answer().await?)?;
+                    let ranges = local;
+                    Expected { ranges, hashes }
                 }
             });
         }
@@ -286,7 +293,7 @@ impl Verifier {
 
     /// Begins to verify a place, and waits until so many are verified that the next place is free.
     async fn landed(&mut self, ends: &Arc<Ends>, case: &Case, place: u64) -> Result<()> {
-        let ranges = &self.expected[place as usize].0;
+        let ranges = &self.expected[place as usize].ranges;
         match case.op {
             Operation::Write => {
                 self.far.ask(&serde_json::to_string(ranges)?).await?;
@@ -319,7 +326,7 @@ impl Verifier {
         } else {
             return Ok(());
         };
-        if found != self.expected[place as usize].1 {
+        if found != self.expected[place as usize].hashes {
             return Err(format!("place {place} holds other bytes than were sent").into());
         }
         Ok(())

@@ -8,6 +8,7 @@
 //!
 //! `drive` takes cases as lines of JSON and answers each with a line of JSON; see [`drive::Case`] and
 //! [`drive::Outcome`].
+#![allow(clippy::disallowed_methods)] // Its blocking tasks are bounded by a case's `in_flight` and `places`.
 #![allow(unsafe_code)] // The processor time of a process is known to the system only; see `usage`.
 
 mod drive;
