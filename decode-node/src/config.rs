@@ -22,6 +22,11 @@ pub struct Config {
     pub request_timeout_max: Duration,
     /// How long a handoff waits for blocks before the request queues for them with the others.
     pub allocate_timeout: Duration,
+    /// How long a prefill node may say nothing before its handoff is given up, where it promised to say that it lives.
+    pub stall_timeout: Duration,
+    /// How long a request waits for the fence of its handoff. The fence of a handoff that is given up goes on, and its
+    /// blocks are free after it.
+    pub fence_timeout: Duration,
     /// How often somebody who waits for blocks looks again.
     pub blocks_poll: Duration,
     /// How long requests may go on after the node was told to end.
@@ -45,6 +50,10 @@ impl Default for Config {
             request_timeout_max: Duration::from_secs(600),
             // Some hundred decode steps: enough for a sequence to end. Meanwhile the prefill node computes already.
             allocate_timeout: Duration::from_secs(5),
+            // Several heartbeats, so that a machine whose cores are all busy is not taken for one that hangs.
+            stall_timeout: Duration::from_secs(5),
+            // Fences close in microseconds, those that wait for hardware in milliseconds.
+            fence_timeout: Duration::from_secs(1),
             // Short against a step, long against the lookup it costs.
             blocks_poll: Duration::from_millis(2),
             // Below the 25 s after which the server gives up.
@@ -92,6 +101,8 @@ impl Config {
         }
         for (name, value) in [
             ("request_timeout_max", self.request_timeout_max),
+            ("stall_timeout", self.stall_timeout),
+            ("fence_timeout", self.fence_timeout),
             ("blocks_poll", self.blocks_poll),
         ] {
             if value.is_zero() {
@@ -113,6 +124,8 @@ mod tests {
     #[case("sequences_max", Config { sequences_max: 0, ..Default::default() })]
     #[case("requests_max", Config { requests_max: 0, ..Default::default() })]
     #[case("step_tokens", Config { step_tokens: usize::MAX, ..Default::default() })]
+    #[case("stall_timeout", Config { stall_timeout: Duration::ZERO, ..Default::default() })]
+    #[case("fence_timeout", Config { fence_timeout: Duration::ZERO, ..Default::default() })]
     #[case("blocks_poll", Config { blocks_poll: Duration::ZERO, ..Default::default() })]
     #[case("messages_ahead_max", Config { messages_ahead_max: 0, ..Default::default() })]
     fn a_setting_without_progress_is_named(#[case] key: &str, #[case] config: Config) {

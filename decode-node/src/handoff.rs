@@ -7,6 +7,9 @@
 //!     └────────────────────┴──> Aborted           └─────────────> Fencing ──> Aborted <──┘
 //! ```
 //!
+//! A fence that does not close in time ends the handoff as well (`Fencing ─FenceSlow─> Aborted`): then the memory stays
+//! with the grant, which the shell keeps until its fence has closed.
+//!
 //! Invariant: memory that was offered is freed or adopted only behind the fence of our own transport. What the
 //! prefill node says (`Landed`, `Quiesced`, its failure) decides how the handoff ends, but is never taken as proof
 //! that it writes no more.
@@ -47,10 +50,14 @@ pub enum Event {
     Closed(Error),
     /// The handoff took too long.
     DeadlinePassed,
+    /// The prefill node says nothing any more, although its connection is open.
+    Stalled(Error),
     /// Nobody wants the result any more.
     Cancelled,
     /// [`Action::Fence`] is done.
     Fenced,
+    /// [`Action::Fence`] takes too long to be waited for. It goes on, and the memory is free once it is done.
+    FenceSlow(Error),
     /// [`Action::Verify`] found every byte right; full blocks are in the store.
     Verified,
     /// [`Action::Verify`] found wrong bytes.
@@ -68,14 +75,15 @@ pub enum Action {
     Allocate,
     /// Send the offer.
     Offer,
-    /// Tell the prefill node to stop, if `abort`, and close the fence. Answer with `Fenced`.
+    /// Tell the prefill node to stop, if `abort`, and close the fence. Answer with `Fenced` or `FenceSlow`.
     Fence {
         /// Whether the prefill node may not know yet that it is over.
         abort: bool,
     },
     /// Compare the checksums and adopt what is right. Answer with `Verified`, `Corrupt` or `Unverified`.
     Verify,
-    /// It is over, in the way of the outcome. Whatever memory is not adopted is free again.
+    /// It is over, in the way of the outcome. Whatever memory is not adopted is free again, or will be once a fence that
+    /// was slow has closed.
     End(Outcome),
 }
 
@@ -127,7 +135,7 @@ enum State {
 }
 
 /// One handoff.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Handoff {
     transfer: TransferId,
     /// Blocks that are to be filled.
@@ -186,11 +194,13 @@ impl Handoff {
             Event::Quiesced => self.end(protocol("quiesced without an abort")),
             Event::Failed(error) | Event::Closed(error) => self.end(Outcome::Failed(error)),
             Event::DeadlinePassed => self.end(Outcome::TimedOut),
+            Event::Stalled(error) => self.end(Outcome::Failed(error)),
             Event::Cancelled => self.end(Outcome::Cancelled),
             Event::Short => self.end(Outcome::Short),
             Event::Allocated
             | Event::AllocationFailed(_)
             | Event::Fenced
+            | Event::FenceSlow(_)
             | Event::Verified
             | Event::Corrupt(_)
             | Event::Unverified(_) => Action::Wait,
@@ -221,8 +231,13 @@ impl Handoff {
             Event::Quiesced => self.interrupt(protocol("quiesced without an abort")),
             Event::Failed(error) | Event::Closed(error) => self.interrupt(Outcome::Failed(error)),
             Event::DeadlinePassed => self.interrupt(Outcome::TimedOut),
+            Event::Stalled(error) => self.interrupt(Outcome::Failed(error)),
             Event::Cancelled => self.interrupt(Outcome::Cancelled),
-            Event::Fenced | Event::Verified | Event::Corrupt(_) | Event::Unverified(_) => Action::Wait,
+            Event::Fenced
+            | Event::FenceSlow(_)
+            | Event::Verified
+            | Event::Corrupt(_)
+            | Event::Unverified(_) => Action::Wait,
         }
     }
 
@@ -246,11 +261,13 @@ impl Handoff {
                 Action::Fence { abort: false }
             }
             Event::DeadlinePassed => self.fence(Outcome::TimedOut),
+            Event::Stalled(error) => self.fence(Outcome::Failed(error)),
             Event::Cancelled => self.fence(Outcome::Cancelled),
             Event::Allocated
             | Event::Short
             | Event::AllocationFailed(_)
             | Event::Fenced
+            | Event::FenceSlow(_)
             | Event::Verified
             | Event::Corrupt(_)
             | Event::Unverified(_) => Action::Wait,
@@ -269,6 +286,11 @@ impl Handoff {
                 }
                 Some(outcome) => self.end(outcome),
             },
+            // Nothing is known to be wrong with the bytes, but nobody waits for them; elsewhere it goes on at once.
+            Event::FenceSlow(error) => {
+                let outcome = next.take().unwrap_or(Outcome::Failed(error));
+                self.end(outcome)
+            }
             Event::Cancelled => {
                 next.get_or_insert(Outcome::Cancelled);
                 Action::Wait
@@ -286,6 +308,7 @@ impl Handoff {
             | Event::Failed(_)
             | Event::Quiesced
             | Event::Closed(_)
+            | Event::Stalled(_)
             | Event::Verified
             | Event::Corrupt(_)
             | Event::Unverified(_) => Action::Wait,
@@ -319,7 +342,9 @@ impl Handoff {
             | Event::Failed(_)
             | Event::Quiesced
             | Event::Closed(_)
-            | Event::Fenced => Action::Wait,
+            | Event::Stalled(_)
+            | Event::Fenced
+            | Event::FenceSlow(_) => Action::Wait,
         }
     }
 

@@ -1,7 +1,8 @@
 //! Runs one handoff: the stream to a prefill node, and the memory that is offered over it.
 //!
 //! Invariant: offered memory is in a [`Grant`] until our own transport's fence gave it back, whatever becomes of this
-//! code. When [`receive`] returns, no write of the prefill node can touch it any more, and the stream is closed.
+//! code. When [`receive`] returns, no write of the prefill node can touch what it returns, and the stream is closed; a
+//! fence that takes longer than a request may wait goes on in the background, and frees its blocks when it is done.
 //!
 //! Elsewhere: the decisions (`handoff.rs`), the fence (`transfer`), what is done with the sequence (`request.rs`).
 
@@ -13,7 +14,7 @@ use proto::v1::prefill_client::PrefillClient;
 use proto::v1::prefill_event::Event as Wire;
 use proto::{convert, status, v1};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, Interval, MissedTickBehavior};
+use tokio::time::{Instant, Interval, MissedTickBehavior, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 use types::{Checksum, Error, ErrorCode, RequestId, SamplingParams, Token, TransferId};
@@ -24,6 +25,9 @@ use crate::shared::Shared;
 
 /// A stream carries at most a start, an offer and an abort, so none of them ever waits.
 const COMMANDS_MAX: usize = 3;
+
+/// Heartbeats of a prefill node that may be missed before it counts as stalled, however short our own limit is.
+const HEARTBEATS_MISSED_MAX: u32 = 3;
 
 /// What is to be received.
 pub(crate) struct Wanted<'a> {
@@ -78,6 +82,8 @@ pub(crate) async fn receive(
         started_at: Instant::now(),
         landed: None,
         interrupted: false,
+        heard_at: Instant::now(),
+        silence_max: Some(shared.config.stall_timeout),
     };
     receiver.send(v1::prefill_command::Command::Start(start(
         shared, watch, &wanted, missing,
@@ -127,11 +133,23 @@ async fn open(
             Interruption::Deadline => Outcome::TimedOut,
             Interruption::ClientGone | Interruption::Stopping => Outcome::Cancelled,
         }),
-        opened = opened => match opened {
-            Ok(response) => Ok(response.into_inner()),
-            Err(error) => Err(Outcome::Failed(at(&placement.node_id, status::from_status(&error)))),
+        opened = timeout(shared.config.stall_timeout, opened) => match opened {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(error)) => Err(Outcome::Failed(at(&placement.node_id, status::from_status(&error)))),
+            Err(_) => {
+                let stalled = stalled(&placement.node_id, shared.config.stall_timeout);
+                Err(Outcome::Failed(stalled))
+            }
         },
     }
+}
+
+/// Nothing was told to the client yet, so the request may go elsewhere.
+fn stalled(node: &str, silence: Duration) -> Error {
+    Error::unavailable(format!(
+        "prefill node {node} has said nothing for {} ms",
+        silence.as_millis()
+    ))
 }
 
 /// Says which node an error is from.
@@ -160,6 +178,10 @@ struct Receiver<'a> {
     started_at: Instant,
     landed: Option<v1::PrefillLanded>,
     interrupted: bool,
+    /// When the prefill node said anything last.
+    heard_at: Instant,
+    /// How long it may say nothing. `None` where silence means nothing.
+    silence_max: Option<Duration>,
 }
 
 impl Receiver<'_> {
@@ -183,6 +205,10 @@ impl Receiver<'_> {
                             None => continue,
                         }
                     }
+                    silence = silence(self.heard_at, self.silence_max) => {
+                        self.silence_max = None;
+                        Event::Stalled(stalled(self.node, silence))
+                    }
                     // The prefix is pinned, which is memory that the sequences in the batch cannot take.
                     () = self.shared.starved(patience), if handoff.is_requested() => Event::Short,
                     _ = poll.tick(), if self.allocation.is_some() => match self.try_allocate() {
@@ -198,10 +224,7 @@ impl Receiver<'_> {
                     answers.extend(self.try_allocate());
                 }
                 Action::Offer => self.offer(),
-                Action::Fence { abort } => {
-                    self.fence(abort).await;
-                    answers.push_back(Event::Fenced);
-                }
+                Action::Fence { abort } => answers.push_back(self.fence(abort).await),
                 Action::Verify => answers.push_back(self.verify().await),
                 Action::End(outcome) => return (outcome, self),
             }
@@ -218,14 +241,27 @@ impl Receiver<'_> {
 
     /// What a message means. A place in the prefill node's queue means nothing here.
     fn read(&mut self, message: Result<Option<v1::PrefillEvent>, Status>) -> Option<Event> {
-        let closed = |error| Some(Event::Closed(at(self.node, error)));
-        let event = match message {
-            Ok(Some(message)) => message.event,
-            Ok(None) => return closed(Error::unavailable("the stream ended before the KV landed")),
-            Err(error) => return closed(status::from_status(&error)),
+        self.heard_at = Instant::now();
+        let closed = match message {
+            Ok(Some(message)) => return self.read_event(message.event),
+            Ok(None) => Error::unavailable("the stream ended before the KV landed"),
+            Err(error) => status::from_status(&error),
         };
+        self.silence_max = None;
+        Some(Event::Closed(at(self.node, closed)))
+    }
+
+    fn read_event(&mut self, event: Option<Wire>) -> Option<Event> {
         match event {
-            Some(Wire::Queued(_)) | None => None,
+            Some(Wire::Queued(queued)) => {
+                // An older node promises nothing, and may compute for long.
+                let promised =
+                    Duration::from_millis(queued.heartbeat_ms).saturating_mul(HEARTBEATS_MISSED_MAX);
+                let limit = self.shared.config.stall_timeout.max(promised);
+                self.silence_max = (queued.heartbeat_ms > 0).then_some(limit);
+                None
+            }
+            Some(Wire::Alive(_)) | None => None,
             Some(Wire::Started(started)) => {
                 self.started_at = Instant::now();
                 Some(Event::Started {
@@ -285,14 +321,34 @@ impl Receiver<'_> {
         }));
     }
 
-    async fn fence(&mut self, abort: bool) {
+    async fn fence(&mut self, abort: bool) -> Event {
         if abort {
             self.send(v1::prefill_command::Command::Abort(v1::PrefillAbort {
                 reason: "the decode node ends the handoff".to_owned(),
             }));
         }
-        if let Some(grant) = self.grant.take() {
-            self.written = grant.fence().await;
+        let Some(grant) = self.grant.take() else {
+            return Event::Fenced;
+        };
+        let patience = self.shared.config.fence_timeout;
+        match timeout(patience, grant.fence()).await {
+            Ok(blocks) => {
+                self.written = blocks;
+                Event::Fenced
+            }
+            // The future that is dropped here leaves the fence to the background.
+            Err(_) => {
+                let ms = patience.as_millis();
+                tracing::warn!(
+                    node = self.node,
+                    ms,
+                    "the fence of a handoff does not close: its blocks wait for it"
+                );
+                Event::FenceSlow(Error::unavailable(format!(
+                    "the fence of a handoff from prefill node {} did not close within {ms} ms",
+                    self.node
+                )))
+            }
         }
     }
 
@@ -349,6 +405,17 @@ impl Receiver<'_> {
             )),
             Outcome::Corrupt(error) | Outcome::Failed(error) => Err(error),
         }
+    }
+}
+
+/// Waits until nothing was heard for as long as is allowed; for ever where that is not limited. Cancel safe.
+async fn silence(heard_at: Instant, silence_max: Option<Duration>) -> Duration {
+    match silence_max {
+        Some(limit) => {
+            sleep_until(heard_at + limit).await;
+            limit
+        }
+        None => std::future::pending().await,
     }
 }
 

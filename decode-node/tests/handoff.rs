@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
+mod slow_fence;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +17,7 @@ use proto::v1::prefill_event::Event;
 use proto::v1::prefill_server::{Prefill, PrefillServer};
 use proto::{convert, status, v1};
 use rstest::rstest;
+use slow_fence::SlowFence;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -37,6 +39,12 @@ enum Behaviour {
     StallsInQueue,
     /// Takes the offer, writes half of it, and says nothing more.
     StallsWriting,
+    /// Promises heartbeats, and says nothing more.
+    SilentInQueue,
+    /// Promises heartbeats, takes the offer, writes half of it, and says nothing more.
+    SilentWriting,
+    /// Computes for far longer than silence may last, but says that it lives.
+    SlowButAlive,
     /// Takes the offer, writes half of it, and breaks the stream.
     DiesWriting,
     LandsTwice,
@@ -121,6 +129,11 @@ async fn start_peer(behaviour: Behaviour) -> Running {
     }
 }
 
+/// What a peer that promises heartbeats says of them.
+const HEARTBEAT: Duration = Duration::from_millis(10);
+/// Longer than a busy machine makes a heartbeat late.
+const STALL_TIMEOUT: Duration = Duration::from_millis(400);
+
 type Events = mpsc::Sender<Result<v1::PrefillEvent, Status>>;
 
 #[tonic::async_trait]
@@ -151,17 +164,18 @@ impl Peer {
             panic!("a stream begins with a start")
         };
         let _ = self.starts.send(start.clone());
-        tell(
-            &events,
-            Event::Queued(v1::PrefillQueued {
-                requests_ahead: 0,
-                tokens_ahead: 0,
-            }),
-        )
-        .await;
+        let promises = matches!(
+            self.behaviour,
+            Behaviour::SilentInQueue | Behaviour::SilentWriting | Behaviour::SlowButAlive
+        );
+        let queued = v1::PrefillQueued {
+            heartbeat_ms: if promises { HEARTBEAT.as_millis() as u64 } else { 0 },
+            ..v1::PrefillQueued::default()
+        };
+        tell(&events, Event::Queued(queued)).await;
         let blocks = start.tokens.len().div_ceil(BLOCK_TOKENS) as u64 - start.held_blocks;
         match self.behaviour {
-            Behaviour::StallsInQueue => return self.hold(commands, events).await,
+            Behaviour::StallsInQueue | Behaviour::SilentInQueue => return self.hold(commands, events).await,
             Behaviour::Fails(code) => {
                 let failure = status::to_failure(&Error::new(code, "scripted"));
                 return tell(&events, Event::Failure(failure)).await;
@@ -169,6 +183,14 @@ impl Peer {
             Behaviour::LandsUnasked => {
                 tell(&events, Event::Landed(v1::PrefillLanded::default())).await;
                 return self.hold(commands, events).await;
+            }
+            Behaviour::SlowButAlive => {
+                let until = Instant::now() + 3 * STALL_TIMEOUT;
+                while Instant::now() < until {
+                    tell(&events, Event::Alive(v1::PrefillAlive {})).await;
+                    tokio::time::sleep(HEARTBEAT).await;
+                }
+                tell(&events, Event::Started(v1::PrefillStarted { blocks })).await;
             }
             _ => tell(&events, Event::Started(v1::PrefillStarted { blocks })).await,
         }
@@ -190,7 +212,7 @@ impl Peer {
         }
         let _ = self.half_written.send(());
         match self.behaviour {
-            Behaviour::StallsWriting => return self.hold(commands, events).await,
+            Behaviour::StallsWriting | Behaviour::SilentWriting => return self.hold(commands, events).await,
             Behaviour::DiesWriting => {
                 let _ = events.send(Err(Status::unknown("gone"))).await;
                 return;
@@ -467,6 +489,8 @@ async fn a_block_that_only_the_last_token_completes_is_cached_too() {
 #[case::wrong_bytes(Behaviour::WrongByte, ErrorCode::Corrupt, "corrupt")]
 #[case::stalled_in_the_queue(Behaviour::StallsInQueue, ErrorCode::Timeout, "timed_out")]
 #[case::stalled_while_writing(Behaviour::StallsWriting, ErrorCode::Timeout, "timed_out")]
+#[case::silent_in_the_queue(Behaviour::SilentInQueue, ErrorCode::Unavailable, "failed")]
+#[case::silent_while_writing(Behaviour::SilentWriting, ErrorCode::Unavailable, "failed")]
 #[case::died_while_writing(Behaviour::DiesWriting, ErrorCode::Unavailable, "failed")]
 #[case::landed_unasked(Behaviour::LandsUnasked, ErrorCode::Internal, "failed")]
 #[case::landed_another(Behaviour::LandsAnother, ErrorCode::Internal, "failed")]
@@ -479,7 +503,11 @@ async fn a_handoff_that_goes_wrong_is_a_typed_error_and_leaves_nothing(
     #[case] outcome: &str,
 ) {
     let mut peer = start_peer(behaviour).await;
-    let node = Node::start(60, config()).await;
+    let settings = Config {
+        stall_timeout: STALL_TIMEOUT,
+        ..config()
+    };
+    let node = Node::start(60, settings).await;
     let prompt = Dice(25).tokens(50);
     let params = SamplingParams {
         max_tokens: 4,
@@ -504,7 +532,8 @@ async fn a_handoff_that_goes_wrong_is_a_typed_error_and_leaves_nothing(
         node.store.stats().corruptions,
         u64::from(code == ErrorCode::Corrupt)
     );
-    if stalls || outcome == "corrupt" {
+    let silent = matches!(behaviour, Behaviour::SilentInQueue | Behaviour::SilentWriting);
+    if stalls || silent || outcome == "corrupt" {
         tokio::time::timeout(PATIENCE, peer.ended.recv())
             .await
             .expect("the other side learns of the end")
@@ -515,6 +544,58 @@ async fn a_handoff_that_goes_wrong_is_a_typed_error_and_leaves_nothing(
         node.decode(node.request(&prompt, &params)).await.unwrap().tokens,
         expected(&prompt, &params)
     );
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_prefill_that_says_that_it_lives_is_not_taken_for_a_stall() {
+    let peer = start_peer(Behaviour::SlowButAlive).await;
+    let settings = Config {
+        stall_timeout: STALL_TIMEOUT,
+        ..config()
+    };
+    let node = Node::start(60, settings).await;
+    let (prompt, params) = (Dice(33).tokens(50), SamplingParams::default());
+    let answer = node.decode(placed(&node, &peer, &prompt, &params)).await.unwrap();
+    assert_eq!(answer.tokens, expected(&prompt, &params));
+    assert_eq!(handoffs(&node, "adopted"), 1.0);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fence_that_does_not_close_ends_the_request_and_keeps_the_blocks_until_it_does() {
+    let peer = start_peer(Behaviour::Good).await;
+    let inner = TcpTransport::bind(loopback(), EPOCH, transfer::tcp::Config::default())
+        .await
+        .unwrap();
+    let transport = SlowFence::new(inner);
+    let settings = Config {
+        fence_timeout: Duration::from_millis(30),
+        ..config()
+    };
+    let node = Node::start_on(60, settings, transport.clone()).await;
+    let (prompt, params) = (Dice(32).tokens(50), SamplingParams::default());
+    let error = node
+        .decode(placed(&node, &peer, &prompt, &params))
+        .await
+        .unwrap_err();
+    assert_eq!(error.code, ErrorCode::Unavailable, "{error}");
+    assert_eq!(handoffs(&node, "failed"), 1.0);
+    let granted = prompt.len().div_ceil(BLOCK_TOKENS);
+    eventually("the request is over", || node.handle.requests() == 0).await;
+    assert_eq!(
+        node.store.stats().blocks.owned,
+        granted,
+        "nobody gets blocks that a peer may write"
+    );
+    // The node serves on meanwhile.
+    assert_eq!(
+        node.decode(node.request(&prompt, &params)).await.unwrap().tokens,
+        expected(&prompt, &params)
+    );
+    transport.let_fences_close();
+    node.at_rest().await;
+    assert_eq!(transport.revocations(), 1, "a grant is revoked once");
     node.stop().await;
 }
 

@@ -24,6 +24,8 @@ pub struct Config {
     pub start_timeout: Duration,
     /// How long a decode node may take to offer memory after it was told that the prefill started.
     pub offer_timeout: Duration,
+    /// How often a request that has nothing else to say tells its decode node that it lives.
+    pub heartbeat_interval: Duration,
     /// Longest time of one request, whatever it asks for.
     pub request_timeout_max: Duration,
     /// Longest time for fetching a prefix from peers.
@@ -63,6 +65,8 @@ impl Default for Config {
             start_timeout: Duration::from_secs(5),
             // The decode node waits for blocks of its own meanwhile.
             offer_timeout: Duration::from_secs(10),
+            // Often against the seconds after which a decode node gives up, and nothing against a step's traffic.
+            heartbeat_interval: Duration::from_secs(1),
             // A prompt of a full context on a slow machine.
             request_timeout_max: Duration::from_secs(600),
             // What takes longer is computed faster.
@@ -123,6 +127,7 @@ impl Config {
         let times = [
             ("start_timeout", self.start_timeout),
             ("offer_timeout", self.offer_timeout),
+            ("heartbeat_interval", self.heartbeat_interval),
             ("request_timeout_max", self.request_timeout_max),
             ("memory_retry_interval", self.memory_retry_interval),
             ("write_timeout", self.write_timeout),

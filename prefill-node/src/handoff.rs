@@ -133,7 +133,7 @@ impl From<OfferError> for Error {
 }
 
 /// See the module documentation.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Handoff {
     shape: Shape,
     limits: Limits,

@@ -10,12 +10,13 @@ use proto::v1::prefill_command::Command;
 use proto::v1::prefill_event::Event;
 use proto::{status, v1};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 use types::{Error, ErrorCode};
 
-/// Holds every event that one session sends: `Queued`, `Started`, and one that ends it.
+/// Holds every event that one session sends: `Queued`, `Started`, one that ends it, and a heartbeat, which is only sent
+/// while none of them waits.
 pub(crate) const EVENTS_MAX: usize = 4;
 
 /// Why a session ends before it landed.
@@ -40,6 +41,7 @@ pub(crate) struct Peer {
     commands: Streaming<v1::PrefillCommand>,
     events: mpsc::Sender<Result<v1::PrefillEvent, Status>>,
     deadline: Instant,
+    heartbeat: Interval,
     /// The node ends: nothing goes on.
     stop: CancellationToken,
     /// Whether the peer may close its side: it has said all that it must.
@@ -52,12 +54,16 @@ impl Peer {
         commands: Streaming<v1::PrefillCommand>,
         events: mpsc::Sender<Result<v1::PrefillEvent, Status>>,
         deadline: Instant,
+        heartbeat_interval: Duration,
         stop: CancellationToken,
     ) -> Self {
+        let mut heartbeat = interval_at(Instant::now() + heartbeat_interval, heartbeat_interval);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Self {
             commands,
             events,
             deadline,
+            heartbeat,
             stop,
             offered: false,
             commands_ended: false,
@@ -126,13 +132,27 @@ impl Peer {
     }
 
     async fn command(&mut self) -> Result<Command, End> {
-        tokio::select! {
-            // Nothing that arrives counts once the session must end.
-            biased;
-            () = self.stop.cancelled() => Err(Error::unavailable("the prefill node is shutting down").into()),
-            () = sleep_until(self.deadline) => Err(Error::new(ErrorCode::Timeout, "the deadline passed").into()),
-            () = self.events.closed() => Err(End::Gone),
-            command = receive(&mut self.commands, &mut self.commands_ended, self.offered) => command,
+        loop {
+            tokio::select! {
+                // Nothing that arrives counts once the session must end.
+                biased;
+                () = self.stop.cancelled() => {
+                    return Err(Error::unavailable("the prefill node is shutting down").into());
+                }
+                () = sleep_until(self.deadline) => {
+                    return Err(Error::new(ErrorCode::Timeout, "the deadline passed").into());
+                }
+                () = self.events.closed() => return Err(End::Gone),
+                command = receive(&mut self.commands, &mut self.commands_ended, self.offered) => return command,
+                _ = self.heartbeat.tick() => self.beat(),
+            }
+        }
+    }
+
+    /// What waits to be read says as much as a heartbeat, and must never find the channel full of those.
+    fn beat(&self) {
+        if self.events.capacity() == self.events.max_capacity() {
+            self.send(Event::Alive(v1::PrefillAlive {}));
         }
     }
 }

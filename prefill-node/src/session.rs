@@ -22,7 +22,8 @@ pub(crate) async fn run(
     events: mpsc::Sender<Result<v1::PrefillEvent, Status>>,
 ) {
     let start_due = Instant::now() + shared.config.start_timeout;
-    let mut peer = Peer::new(commands, events, start_due, shared.stop.clone());
+    let heartbeat = shared.config.heartbeat_interval;
+    let mut peer = Peer::new(commands, events, start_due, heartbeat, shared.stop.clone());
     let outcome = match serve(&shared, &mut peer).await {
         Ok(()) => "landed",
         Err(end) => {
@@ -44,6 +45,7 @@ async fn serve(shared: &Shared, peer: &mut Peer) -> Result<(), End> {
     peer.send(Event::Queued(v1::PrefillQueued {
         requests_ahead: place.requests_ahead as u64,
         tokens_ahead: place.tokens_ahead as u64,
+        heartbeat_ms: u64::try_from(shared.config.heartbeat_interval.as_millis()).unwrap_or(u64::MAX),
     }));
     // At most the pool's capacity, which is below 2^32: checked with the prompt.
     let blocks = prompt.blocks(&shared.accepts.layout) as u32;

@@ -175,6 +175,10 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
                 "How long a decode node may take to offer memory.",
             ),
             (
+                "heartbeat_interval",
+                "How often a request that has nothing else to say tells its decode node that it lives.",
+            ),
+            (
                 "request_timeout_max",
                 "Longest time of one request, whatever it asks for.",
             ),
@@ -213,6 +217,14 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
             (
                 "allocate_timeout",
                 "How long a handoff waits for blocks before the request queues for them.",
+            ),
+            (
+                "stall_timeout",
+                "Silence of a prefill node after which its handoff is given up.",
+            ),
+            (
+                "fence_timeout",
+                "How long a request waits for the fence of its handoff.",
             ),
             (
                 "blocks_poll",

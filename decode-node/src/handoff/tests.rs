@@ -76,6 +76,11 @@ impl Shell {
                     Event::Allocated
                 }
             },
+            // The shell keeps the grant until its fence has closed: what matters here is that nothing is read or freed.
+            Action::Fence { .. } if dice.is_multiple_of(6) => {
+                self.granted = false;
+                Event::FenceSlow(error(ErrorCode::Unavailable))
+            }
             Action::Fence { .. } => {
                 (self.granted, self.fenced) = (false, true);
                 Event::Fenced
@@ -108,6 +113,7 @@ fn world(kind: u8) -> Event {
         7 => Event::Quiesced,
         8 => Event::Closed(error(ErrorCode::Unavailable)),
         9 => Event::DeadlinePassed,
+        10 => Event::Stalled(error(ErrorCode::Unavailable)),
         _ => Event::Cancelled,
     }
 }
@@ -118,7 +124,7 @@ proptest! {
     #[test]
     fn offered_memory_is_used_again_only_behind_the_fence_and_every_handoff_ends(
         well_behaved_start in any::<bool>(),
-        script in prop::collection::vec((0..22_u8, any::<u8>()), 0..25),
+        script in prop::collection::vec((0..24_u8, any::<u8>()), 0..25),
     ) {
         let mut handoff = Handoff::new(TRANSFER, BLOCKS);
         let mut shell = Shell::default();
@@ -127,7 +133,7 @@ proptest! {
         }
         for (kind, dice) in script {
             // Half of the steps let the action under way end; the others are news from outside.
-            let event = if kind >= 11 { shell.complete(dice) } else { Some(world(kind)) };
+            let event = if kind >= 12 { shell.complete(dice) } else { Some(world(kind)) };
             if let Some(event) = event {
                 shell.perform(handoff.on(event));
             }
@@ -143,7 +149,7 @@ proptest! {
         prop_assert!(shell.outcome.is_some());
         prop_assert!(!shell.granted);
         // Whatever still comes changes nothing.
-        for kind in 0..11 {
+        for kind in 0..12 {
             prop_assert_eq!(handoff.on(world(kind)), Action::Wait);
         }
     }
@@ -235,6 +241,38 @@ fn a_handoff_that_only_queues_gives_way_to_those_who_need_memory() {
         play([Event::Short, started()]),
         [Action::End(Outcome::Short), Action::Wait]
     );
+}
+
+#[test]
+fn a_fence_that_is_slow_ends_the_handoff_without_a_look_at_the_bytes() {
+    let slow = error(ErrorCode::Unavailable);
+    let actions = play([
+        started(),
+        Event::Allocated,
+        landed(),
+        Event::FenceSlow(slow.clone()),
+        Event::Fenced,
+    ]);
+    assert_eq!(actions[2], Action::Fence { abort: false });
+    assert_eq!(actions[3], Action::End(Outcome::Failed(slow.clone())));
+    assert_eq!(actions[4], Action::Wait);
+    let cancelled = play([
+        started(),
+        Event::Allocated,
+        Event::Cancelled,
+        Event::FenceSlow(slow),
+    ]);
+    assert_eq!(cancelled[3], Action::End(Outcome::Cancelled));
+}
+
+#[test]
+fn a_prefill_node_that_stalls_is_told_and_fenced() {
+    let silent = error(ErrorCode::Unavailable);
+    let stalled = || Event::Stalled(silent.clone());
+    assert_eq!(play([stalled()]), [Action::End(Outcome::Failed(silent.clone()))]);
+    let actions = play([started(), Event::Allocated, stalled(), Event::Fenced]);
+    assert_eq!(actions[2], Action::Fence { abort: true });
+    assert_eq!(actions[3], Action::End(Outcome::Failed(silent.clone())));
 }
 
 #[test]

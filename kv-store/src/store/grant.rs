@@ -7,6 +7,7 @@
 use std::fmt;
 use std::mem;
 
+use futures::future::BoxFuture;
 use tokio::runtime::Handle;
 use transfer::{RemoteRegion, TransferError};
 use types::BlockId;
@@ -23,7 +24,15 @@ pub struct Grant {
     region: RemoteRegion,
     /// Plain ids on purpose: dropping them unfenced loses the slots instead of freeing them.
     blocks: Vec<BlockId>,
-    fenced: bool,
+    fence: Fence,
+}
+
+enum Fence {
+    Open,
+    /// The one revocation of the grant, which whoever takes over goes on with: a second one may return before the first
+    /// one has done its work.
+    Closing(BoxFuture<'static, ()>),
+    Closed,
 }
 
 impl Grant {
@@ -37,7 +46,7 @@ impl Grant {
             blocks: blocks.into_iter().map(OwnedBlock::give_up).collect(),
             store,
             region,
-            fenced: false,
+            fence: Fence::Open,
         })
     }
 
@@ -61,21 +70,33 @@ impl Grant {
     /// more. Where the future is dropped before, the fence goes on in the background and the blocks are
     /// freed after it.
     pub async fn fence(mut self) -> Vec<OwnedBlock> {
-        self.store.inner.transport.revoke(&self.region).await;
-        self.fenced = true;
+        self.revocation().await;
+        self.fence = Fence::Closed;
         let blocks = mem::take(&mut self.blocks);
         blocks
             .into_iter()
             .map(|block| OwnedBlock::new(self.store.clone(), block))
             .collect()
     }
+
+    /// Begins the revocation, or goes on with it. Cancel safe.
+    async fn revocation(&mut self) {
+        if matches!(self.fence, Fence::Open) {
+            self.fence = Fence::Closing(self.store.inner.transport.revoke(&self.region));
+        }
+        if let Fence::Closing(revoked) = &mut self.fence {
+            revoked.await;
+        }
+    }
 }
 
 impl Drop for Grant {
     fn drop(&mut self) {
-        if self.fenced {
-            return;
-        }
+        let revoked = match mem::replace(&mut self.fence, Fence::Closed) {
+            Fence::Open => self.store.inner.transport.revoke(&self.region),
+            Fence::Closing(revoked) => revoked,
+            Fence::Closed => return,
+        };
         let blocks = mem::take(&mut self.blocks);
         let Ok(runtime) = Handle::try_current() else {
             tracing::error!(
@@ -84,7 +105,6 @@ impl Drop for Grant {
             );
             return;
         };
-        let revoked = self.store.inner.transport.revoke(&self.region);
         let store = self.store.clone();
         runtime.spawn(async move {
             revoked.await;

@@ -344,3 +344,30 @@ async fn a_drain_stops_what_does_not_finish() {
         .expect("no panic")
         .expect("an orderly end");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_waits_says_that_it_lives_and_never_crowds_its_own_end_out() {
+    let model = tiny_model();
+    let settings = Config {
+        heartbeat_interval: Duration::from_millis(5),
+        ..config()
+    };
+    let node = PrefillNode::start(&model, 100, settings).await;
+    let decode = DecodeSide::start(&model, 100, &node).await;
+    let mut conversation = decode.open(decode.request(&prompt(7, 100))).await;
+    let first = conversation.event().await.expect("an event").expect("no failure");
+    assert!(matches!(first, Event::Queued(queued) if queued.heartbeat_ms == 5));
+    let blocks = conversation.started().await.expect("started");
+    // It waits for the offer, and so has nothing else to say.
+    for _ in 0..20 {
+        let alive = conversation.event().await.expect("an event").expect("no failure");
+        assert!(matches!(alive, Event::Alive(_)), "{alive:?}");
+    }
+    let grant = decode.grant(blocks);
+    conversation.offer(7, &grant).await;
+    // Nobody reads for many heartbeats, and then everything that counts is there.
+    eventually("it has landed", || node.store.stats().blocks.owned == 0).await;
+    conversation.landed().await.expect("landed");
+    grant.fence().await;
+    node.idle().await;
+}

@@ -263,7 +263,7 @@ impl Conversation {
     pub(crate) async fn started(&mut self) -> Result<u64, Error> {
         loop {
             match self.event().await.expect("the stream goes on")? {
-                Event::Queued(_) => {}
+                Event::Queued(_) | Event::Alive(_) => {}
                 Event::Started(started) => return Ok(started.blocks),
                 Event::Failure(failure) => return Err(status::from_failure(&failure)),
                 other => panic!("{other:?} instead of Started"),
@@ -295,7 +295,7 @@ impl Conversation {
                 .expect("the stream goes on")
                 .expect("no broken stream")
             {
-                Event::Queued(_) | Event::Started(_) => {}
+                Event::Queued(_) | Event::Started(_) | Event::Alive(_) => {}
                 last => {
                     assert!(self.event().await.is_none(), "nothing comes after {last:?}");
                     return last;
