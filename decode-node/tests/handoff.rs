@@ -514,7 +514,7 @@ async fn a_handoff_that_goes_wrong_is_a_typed_error_and_leaves_nothing(
         ..Default::default()
     };
     let stalls = matches!(behaviour, Behaviour::StallsInQueue | Behaviour::StallsWriting);
-    let deadline_ms = if stalls { 300 } else { 30_000 };
+    let deadline_ms = if stalls { 1_000 } else { 30_000 };
     let request = v1::DecodeRequest {
         deadline_ms,
         ..placed(&node, &peer, &prompt, &params)

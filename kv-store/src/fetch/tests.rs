@@ -1,3 +1,5 @@
+mod bit_flips;
+
 use rstest::rstest;
 use transfer::MemNetwork;
 use transfer::mem::Faults;

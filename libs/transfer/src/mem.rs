@@ -50,6 +50,8 @@ pub struct Faults {
     pub straggle_probability: f64,
     /// How much later.
     pub straggle_delay: Range<Duration>,
+    /// How probable it is that one bit of a chunk is another one when it arrives.
+    pub flip_probability: f64,
 }
 
 impl Default for Faults {
@@ -61,6 +63,7 @@ impl Default for Faults {
             break_probability: 0.0,
             straggle_probability: 0.0,
             straggle_delay: Duration::ZERO..Duration::ZERO,
+            flip_probability: 0.0,
         }
     }
 }
@@ -90,6 +93,12 @@ pub enum What {
         transfer: u64,
         remote_offset: u64,
         len: u64,
+    },
+    /// This bit of the chunk that was just moved to `remote_offset`, or from there, changed on its way.
+    Flipped {
+        transfer: u64,
+        remote_offset: u64,
+        bit: u64,
     },
     /// The connection broke while `chunks` had not arrived.
     Broken { transfer: u64, chunks: usize },

@@ -1,5 +1,6 @@
 //! The fate of one transfer, drawn before it begins. Pure: the same seed, faults and size give the same plan.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -49,6 +50,8 @@ impl Random {
 pub(crate) struct Plan {
     /// Pieces of its slices in the order in which they arrive, each with the time it takes after the one before.
     pub(crate) chunks: Vec<(Slice, Duration)>,
+    /// Bits that change on their way, by the position of their chunk.
+    pub(crate) flips: BTreeMap<usize, u64>,
     /// The connection breaks before the chunk at this position; the number of chunks means before the
     /// acknowledgement.
     pub(crate) breaks_before: Option<usize>,
@@ -74,11 +77,19 @@ impl Plan {
         let position = random.below(chunks.len() as u64 + 1) as usize;
         let straggles = random.happens(faults.straggle_probability);
         let straggle_delay = random.duration(&faults.straggle_delay);
+        let acknowledgement = random.duration(&faults.delay);
+        let mut flips = BTreeMap::new();
+        for (position, (chunk, _)) in chunks.iter().enumerate() {
+            if random.happens(faults.flip_probability) {
+                flips.insert(position, random.below(chunk.len * 8));
+            }
+        }
         Self {
             chunks,
+            flips,
             breaks_before: breaks.then_some(position),
             straggles_after: straggles.then_some(straggle_delay),
-            acknowledgement: random.duration(&faults.delay),
+            acknowledgement,
         }
     }
 }

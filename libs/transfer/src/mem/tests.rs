@@ -18,6 +18,7 @@ fn hostile() -> Faults {
         break_probability: 0.4,
         straggle_probability: 0.7,
         straggle_delay: ms(1)..ms(40),
+        flip_probability: 0.0,
     }
 }
 

@@ -134,7 +134,8 @@ impl Transfer {
             let Some((chunk, _)) = next else {
                 return Ok(bytes);
             };
-            match self.move_chunk(&grant, chunk) {
+            let flip = self.plan.flips.get(&self.arrived).copied();
+            match self.move_chunk(&grant, chunk, flip) {
                 Ok(Some(())) => {}
                 Ok(None) => return Err(refused(&peer, self.unknown_key())),
                 Err(error) => return Err(self.lost(&error.to_string())),
@@ -148,13 +149,26 @@ impl Transfer {
                 remote_offset: chunk.remote_offset,
                 len: chunk.len,
             });
+            if let Some(bit) = flip {
+                network.log(What::Flipped {
+                    transfer: self.number,
+                    remote_offset: chunk.remote_offset,
+                    bit,
+                });
+            }
             self.arrived += 1;
             bytes += chunk.len;
         }
     }
 
     /// `None` if the grant is closed.
-    fn move_chunk(&self, grant: &Grant, chunk: Slice) -> Result<Option<()>, MemoryError> {
+    fn move_chunk(&self, grant: &Grant, chunk: Slice, flip: Option<u64>) -> Result<Option<()>, MemoryError> {
+        let changed = |mut bytes: Vec<u8>| {
+            if let Some(bit) = flip {
+                bytes[bit as usize / 8] ^= 1 << (bit % 8);
+            }
+            bytes
+        };
         // Checked against both memories before: inside them, and so inside `usize`.
         let (local, remote, len) = (
             chunk.local_offset as usize,
@@ -163,7 +177,7 @@ impl Transfer {
         );
         match self.direction {
             Direction::Write => {
-                let bytes = copy_out(&*self.memory, local, len)?;
+                let bytes = changed(copy_out(&*self.memory, local, len)?);
                 let target = &**grant.memory();
                 grant.touch(|| copy_in(target, remote, &bytes)).transpose()
             }
@@ -171,7 +185,7 @@ impl Transfer {
                 let source = &**grant.memory();
                 let bytes = grant.touch(|| copy_out(source, remote, len)).transpose()?;
                 bytes
-                    .map(|bytes| copy_in(&*self.memory, local, &bytes))
+                    .map(|bytes| copy_in(&*self.memory, local, &changed(bytes)))
                     .transpose()
             }
         }
