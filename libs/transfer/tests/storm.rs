@@ -61,6 +61,11 @@ fn anywhere() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 0))
 }
 
+/// What one node keeps to one peer. A UCX link has one of its own.
+fn connections_per_pair(mover: Mover) -> usize {
+    tcp::Config::default().connections_per_peer.get() + usize::from(mover == Mover::Ucx)
+}
+
 /// Random numbers that are the same in every run (SplitMix64).
 struct Dice(u64);
 
@@ -315,7 +320,7 @@ async fn ten_thousand_aborted_transfers_leave_no_foreign_byte_and_nothing_behind
             && near().iter().all(|stats| stats.batches_in_flight == 0)
     })
     .await;
-    let connections = 2 * tcp::Config::default().connections_per_peer.get() as u64;
+    let connections = 2 * connections_per_pair(mover) as u64;
     eventually(CALM, "no connection is left but those that are kept", || {
         blocks.transport.stats().connections_served <= connections
     })
@@ -369,7 +374,7 @@ async fn a_hundred_thousand_small_transfers_use_a_handful_of_sockets(
             }
         });
     }
-    let per_peer = tcp::Config::default().connections_per_peer.get();
+    let per_peer = connections_per_pair(mover);
     let mut most = 0;
     let mut look = tokio::time::interval(Duration::from_millis(10));
     loop {

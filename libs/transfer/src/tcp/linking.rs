@@ -22,10 +22,24 @@ use super::stream;
 use super::wire::{Operation, RequestHead, Status};
 use crate::ucx::{self, Choice, Ucx, UcxError, Way};
 
-/// Until a pair without a link is looked at again: a peer may have been restarted with other settings.
+/// Until a pair that has nothing better than TCP is looked at again: a node may have been restarted with other settings.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
-/// The same after a link that had worked broke: the peer may be back soon.
-const LOOK_AGAIN_SOON: Duration = Duration::from_secs(1);
+/// The same after a failure, such as that of a peer which may be back soon.
+const LOOK_AGAIN_SOON: Duration = Duration::from_millis(200);
+
+/// Why there is no link.
+enum NoLink {
+    /// The peer says that there is nothing better than TCP.
+    Refused(String),
+    /// It could not be found out.
+    Failed(UcxError),
+}
+
+impl From<UcxError> for NoLink {
+    fn from(error: UcxError) -> Self {
+        Self::Failed(error)
+    }
+}
 
 /// What is known of UCX to one peer.
 #[derive(Default)]
@@ -94,10 +108,11 @@ impl Linking {
     }
 
     /// Ends an introduction.
-    fn settle(&self, result: Result<Link, UcxError>) {
+    fn settle(&self, result: Result<Link, NoLink>) {
         *self.state() = match result {
             Ok(link) => State::Linked(Arc::new(link)),
-            Err(error) => State::unlinked(error.to_string(), LOOK_AGAIN),
+            Err(NoLink::Refused(obstacle)) => State::unlinked(obstacle, LOOK_AGAIN),
+            Err(NoLink::Failed(error)) => State::unlinked(error.to_string(), LOOK_AGAIN_SOON),
         };
         self.settled.notify_waiters();
     }
@@ -148,11 +163,8 @@ pub(super) async fn link(
                         let introduced = introduce(&shared, &peer, &ucx, &memory, forced);
                         let result = match shared.closed.run_until_cancelled(introduced).await {
                             Some(result) => result,
-                            None => Err(UcxError::new("the transport closed".to_owned())),
+                            None => Err(UcxError::new("the transport closed".to_owned()).into()),
                         };
-                        if let Err(error) = &result {
-                            tracing::debug!(peer = peer.endpoint, %error, "no ucx link");
-                        }
                         peer.linking.settle(result);
                     });
                 }
@@ -172,7 +184,7 @@ async fn introduce(
     ucx: &Arc<Ucx>,
     memory: &Arc<dyn Memory>,
     forced: bool,
-) -> Result<Link, UcxError> {
+) -> Result<Link, NoLink> {
     let introduction = Introduction {
         endpoint: shared.endpoint.clone(),
         epoch: shared.epoch.0,
@@ -182,9 +194,8 @@ async fn introduce(
         host: ucx::host().unwrap_or_default(),
     };
     if !messages::fits(&introduction) {
-        return Err(UcxError::new(
-            "this node's UCX addresses are too long to be sent".to_owned(),
-        ));
+        let too_long = "this node's UCX addresses are too long to be sent".to_owned();
+        return Err(NoLink::Refused(too_long));
     }
     let within = shared.config.connect_timeout * 2;
     let late = |_| UcxError::new(format!("no link came about within {within:?}"));
@@ -192,7 +203,12 @@ async fn introduce(
         .await
         .map_err(late)??;
     if introduced.link == 0 {
-        return Err(UcxError::new(introduced.obstacle));
+        tracing::debug!(
+            peer = peer.endpoint,
+            obstacle = introduced.obstacle,
+            "no ucx link"
+        );
+        return Err(NoLink::Refused(introduced.obstacle));
     }
     let way = if introduced.shared {
         Way::Shared
