@@ -272,7 +272,7 @@ async fn exchange(
     };
     let stream = peer.connect(shared).await;
     let stream = stream.map_err(|error| UcxError::new(error.to_string()))?;
-    match ask(&stream, &peer.endpoint, &head, &[], &extra).await {
+    match ask(&stream, &peer.endpoint, &head, &[], &extra, Duration::ZERO).await {
         Ok((Status::Done, answer)) => {
             let introduced = messages::read(&answer).map_err(|error| UcxError::new(error.to_string()))?;
             Ok((introduced, stream))

@@ -5,6 +5,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
 
 use prost::Message;
 use tokio::net::TcpStream;
@@ -118,6 +119,7 @@ async fn request_on(shared: &Shared, job: &Job, way: &Way, part: &Part) -> Resul
                     &head,
                     &part.slices,
                     &extra,
+                    shared.config.ucx.spin,
                 )
                 .await
             }
@@ -232,9 +234,11 @@ pub(super) async fn ask(
     head: &RequestHead,
     slices: &[Slice],
     extra: &[u8],
+    spin: Duration,
 ) -> Result<(Status, Vec<u8>), Failure> {
     let table = slices.iter().map(|slice| (slice.remote_offset, slice.len));
     stream::send_head(stream, &head.encode(table, extra)).await?;
+    stream::spin_for_readable(stream, spin).await;
     let answer = receive_answer(stream, head, endpoint).await?;
     let follows = usize::try_from(answer.payload_bytes).unwrap_or(usize::MAX);
     if follows > EXTRA_BYTES_MAX {

@@ -107,9 +107,12 @@ async fn serve_requests(shared: &Arc<Shared>, connection: &TcpStream) -> Result<
             Err(_) | Ok(Ok(0)) => return Ok(()),
             Ok(received) => received?,
         };
+        let mut hot = false;
         let request = async {
             stream::receive_exact(connection, &mut head[received..]).await?;
-            serve_request(shared, connection, &RequestHead::decode(&head)?, &mut scratch).await
+            let head = RequestHead::decode(&head)?;
+            hot = matches!(head.operation, Operation::Fetch | Operation::Admit);
+            serve_request(shared, connection, &head, &mut scratch).await
         };
         let introduced = timeout(shared.config.request_timeout, request)
             .await
@@ -119,6 +122,10 @@ async fn serve_requests(shared: &Arc<Shared>, connection: &TcpStream) -> Result<
             let _link = shared.served_links.lifeline(link);
             stream::receive_some(connection, &mut head).await?;
             return Ok(());
+        }
+        // Who moves bytes by UCX often asks again at once.
+        if hot {
+            stream::spin_for_readable(connection, shared.config.ucx.spin).await;
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Whole heads and payloads over a socket, on top of calls that do not wait.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::Interest;
@@ -57,6 +58,20 @@ pub(crate) async fn receive_some(stream: &TcpStream, bytes: &mut [u8]) -> io::Re
         match stream.try_read(bytes) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             result => return result,
+        }
+    }
+}
+
+/// Waits for something to receive without sleeping, for at most `spin`: other tasks run meanwhile, but a processor that
+/// has nothing else to do does not halt, which on virtual machines takes longer than a transfer of mapped memory.
+pub(crate) async fn spin_for_readable(stream: &TcpStream, spin: Duration) {
+    let begun = Instant::now();
+    let mut byte = [MaybeUninit::uninit()];
+    while begun.elapsed() < spin {
+        // Looks without taking. Anything but "not yet" is for the reader to find out.
+        match SockRef::from(stream).peek(&mut byte) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tokio::task::yield_now().await,
+            _ => return,
         }
     }
 }
