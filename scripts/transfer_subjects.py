@@ -102,7 +102,8 @@ class Perftest:
         self.rates = {}
 
     def measure(self, case, seconds):
-        if case.slices != 1 or (case.in_flight == 1 and case.slice_bytes < 64 * MIB):
+        one_size = case.slices == 1 and (case.in_flight > 1 or case.slice_bytes >= 64 * MIB)
+        if not case.one_place and not one_size:
             return None
         key = (case.op, case.slice_bytes)
         rate = self.rates.get(key, 0.1e9 if self.lane == "tcp" else 1e9)

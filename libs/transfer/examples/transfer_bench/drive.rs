@@ -40,6 +40,9 @@ pub(crate) struct Case {
     /// Places that a lane goes through, one after the other. With few of them, bytes are in the processor's caches.
     #[serde(default = "Case::one")]
     places: u64,
+    /// All slices of a batch at the same place, as ucx_perftest repeats one buffer.
+    #[serde(default)]
+    one_place: bool,
     /// Whether the receiving side hashes what landed.
     #[serde(default)]
     verify: bool,
@@ -90,6 +93,14 @@ impl Case {
     /// The slices of a place, in reverse order at the far end, so that no two of them can be made one.
     fn slices(&self, lane: u64, place: u64) -> Vec<Slice> {
         let start = (lane * self.places + place) * self.batch_bytes();
+        if self.one_place {
+            let same = Slice {
+                local_offset: start,
+                remote_offset: start,
+                len: self.slice_bytes,
+            };
+            return vec![same; self.slices as usize];
+        }
         let slice = |index: u64| Slice {
             local_offset: start + index * self.slice_bytes,
             remote_offset: start + (self.slices - 1 - index) * self.slice_bytes,
