@@ -65,7 +65,8 @@ pub struct Config {
     pub library: Option<PathBuf>,
     /// UCX's own settings without their prefix, such as `TLS` or `MAX_RMA_RAILS`, which override the environment.
     pub settings: BTreeMap<String, String>,
-    /// How long the thread that drives UCX looks for more work before it sleeps.
+    /// How long the thread that drives UCX, and both sides of a request whatever moves its bytes, look for more work
+    /// before they sleep.
     pub spin: Duration,
 }
 

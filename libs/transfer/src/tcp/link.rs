@@ -21,6 +21,8 @@ use crate::ucx::{Exposed, Peer, Run, UcxError, Window};
 const WINDOWS_MAX: usize = 8;
 /// Bounds the time of one copy, and with it the time for which a revocation waits.
 const COPY_BYTES_MAX: usize = 1 << 20;
+/// Copies until other tasks of the thread get their turn, which costs it some of its caches. Less than a millisecond.
+const PAUSE_BYTES: usize = 4 << 20;
 
 /// One end of UCX between two nodes.
 pub(super) struct Link {
@@ -149,7 +151,7 @@ async fn copy(pull: Pull<'_>, gone: impl Fn() -> bool) -> Result<Moved, UcxError
         let bytes = *bytes as usize;
         let mut done = 0;
         while done < bytes {
-            let part = (bytes - done).min(COPY_BYTES_MAX - since_pause);
+            let part = (bytes - done).min(COPY_BYTES_MAX).min(PAUSE_BYTES - since_pause);
             let copied = || {
                 // SAFETY: the run is inside of the memory (the caller's promise). Nobody else uses it: a grant's memory
                 // is the peer's while its gate is open, and a batch's while its future lives.
@@ -172,7 +174,7 @@ async fn copy(pull: Pull<'_>, gone: impl Fn() -> bool) -> Result<Moved, UcxError
             }
             done += part;
             since_pause += part;
-            if since_pause == COPY_BYTES_MAX {
+            if since_pause == PAUSE_BYTES {
                 since_pause = 0;
                 if gone() {
                     return Err(UcxError::new("nobody waits for it any more".to_owned()));

@@ -105,7 +105,8 @@ async fn request_on(shared: &Shared, job: &Job, way: &Way, part: &Part) -> Resul
             Way::Inline => {
                 let mut cursor = job.cursor(part)?;
                 let head = job.head(job.operation, part, 0);
-                exchange(connection.stream()?, &head, &part.slices, &mut cursor, remote)
+                let (stream, spin) = (connection.stream()?, shared.config.ucx.spin);
+                exchange(stream, &head, &part.slices, &mut cursor, remote, spin)
                     .await
                     .map(|status| (status, Vec::new()))
             }
@@ -259,6 +260,7 @@ async fn exchange(
     slices: &[Slice],
     cursor: &mut Cursor,
     remote: &RemoteRegion,
+    spin: Duration,
 ) -> Result<Status, Failure> {
     let table = slices.iter().map(|slice| (slice.remote_offset, slice.len));
     let request = head.encode(table, &[]);
@@ -267,6 +269,7 @@ async fn exchange(
     } else {
         stream::send_head(stream, &request).await?;
     }
+    stream::spin_for_readable(stream, spin).await;
     let answer = receive_answer(stream, head, &remote.endpoint).await?;
     let follows = match (head.operation, answer.status) {
         (Operation::Read, Status::Done) => head.payload_bytes,

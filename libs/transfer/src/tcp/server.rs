@@ -111,7 +111,7 @@ async fn serve_requests(shared: &Arc<Shared>, connection: &TcpStream) -> Result<
         let request = async {
             stream::receive_exact(connection, &mut head[received..]).await?;
             let head = RequestHead::decode(&head)?;
-            hot = matches!(head.operation, Operation::Fetch | Operation::Admit);
+            hot = head.operation != Operation::Introduce;
             serve_request(shared, connection, &head, &mut scratch).await
         };
         let introduced = timeout(shared.config.request_timeout, request)
