@@ -482,7 +482,9 @@ async fn dropping_the_transport_revokes_its_grants() {
         .write(batch(region, &grant, 0, 64), soon())
         .await
         .unwrap_err();
-    assert_eq!(error.code(), ErrorCode::Unavailable, "{error}");
+    // Its connection may be answered once more before it is cut.
+    let refused = [ErrorCode::Unavailable, ErrorCode::NotFound];
+    assert!(refused.contains(&error.code()), "{error}");
     assert_eq!(copy_out(&*far_memory, 0, 64).unwrap(), [5; 64]);
 }
 

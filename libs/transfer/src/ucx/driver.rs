@@ -16,7 +16,9 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, Once, PoisonError, RwLock, RwLockReadGuard, TryLockError, mpsc,
+};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -140,6 +142,37 @@ impl Command {
     }
 }
 
+/// Held for reading by whoever is inside of the library. When the process exits, the library's own destructors run while
+/// threads still do, and end in an assertion if one of them is inside; so the exit takes this for good before them.
+static INSIDE: RwLock<()> = RwLock::new(());
+/// How long the exit waits for threads to come out.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Runs before the destructors of libraries, since it is registered after they were loaded.
+extern "C" fn at_exit() {
+    let deadline = Instant::now() + EXIT_TIMEOUT;
+    while Instant::now() < deadline {
+        match INSIDE.try_write() {
+            Ok(guard) => return std::mem::forget(guard),
+            Err(TryLockError::Poisoned(poisoned)) => return std::mem::forget(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => std::thread::yield_now(),
+        }
+    }
+}
+
+/// Keeps the process from exiting, for a bounded time.
+fn inside() -> RwLockReadGuard<'static, ()> {
+    static REGISTERED: Once = Once::new();
+    REGISTERED.call_once(|| {
+        // SAFETY: a function of this binary, which is never unloaded.
+        let registered = unsafe { libc::atexit(at_exit) };
+        if registered != 0 {
+            tracing::warn!("the end of the process cannot wait for ucx");
+        }
+    });
+    INSIDE.read().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The other threads' side of the driver. Dropping the last one ends the thread.
 pub(super) struct Handle {
     queue: Arc<Queue>,
@@ -170,6 +203,10 @@ impl Handle {
         let (made_tx, made_rx) = mpsc::sync_channel(1);
         let of_thread = queue.clone();
         let thread = std::thread::Builder::new().name("ucx".to_owned());
+        let make = || {
+            let _within = inside();
+            make()
+        };
         let spawned = thread.spawn(move || match make() {
             Ok((worker, made)) => {
                 if made_tx.send(Ok(made)).is_ok() {
@@ -250,6 +287,7 @@ fn drive(mut worker: Worker, queue: &Queue, spin: Duration) {
     let mut last_event = Instant::now();
     let mut stopping = false;
     loop {
+        let within = inside();
         let mut busy = worker.progress(PROGRESS_ROUNDS_MAX);
         loop {
             // The lock is not held while the command runs.
@@ -267,6 +305,7 @@ fn drive(mut worker: Worker, queue: &Queue, spin: Duration) {
         if stopping && worker.is_closed() {
             break;
         }
+        drop(within);
         if busy {
             last_event = Instant::now();
         } else if last_event.elapsed() < spin {
@@ -276,17 +315,23 @@ fn drive(mut worker: Worker, queue: &Queue, spin: Duration) {
             last_event = Instant::now();
         }
     }
+    let within = inside();
     let mut memories = worker.end();
+    drop(within);
     queue.mark_stopped();
     // The pool may outlive its transport. This thread calls the library again only to unmap.
     while !memories.is_empty() {
         let command = queue.commands().pop_front();
         match command {
-            Some(Command::Unmap { memory }) => memories.unmap(memory),
+            Some(Command::Unmap { memory }) => {
+                let _within = inside();
+                memories.unmap(memory);
+            }
             Some(_) => {}
             None => queue.sleep_until_rung(),
         }
     }
+    let _within = inside();
     memories.end();
 }
 
@@ -306,7 +351,11 @@ impl Queue {
 fn sleep(worker: &mut Worker, queue: &Queue) {
     queue.sleeping.store(true, SeqCst);
     // A command that came before the flag was seen rings no bell. An event that came before the arming shows in `arm`.
-    if queue.commands().is_empty() && worker.arm() {
+    let quiet = {
+        let _within = inside();
+        queue.commands().is_empty() && worker.arm()
+    };
+    if quiet {
         wait_for(
             [queue.bell.0.as_raw_fd()]
                 .into_iter()
