@@ -118,16 +118,20 @@ impl UcxError {
     }
 }
 
-/// Memory of a node as its peers get to know it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Memory of a node as its peers get to know it: a message between nodes.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
 pub(crate) struct Exposed {
     /// Address of the first byte, in the process that owns it.
+    #[prost(fixed64, tag = "1")]
     pub(crate) base: u64,
     /// How many bytes it has.
+    #[prost(uint64, tag = "2")]
     pub(crate) bytes: u64,
     /// UCX's packed key for processes of the same host; empty if they cannot map it.
+    #[prost(bytes = "vec", tag = "3")]
     pub(crate) shared_key: Vec<u8>,
     /// UCX's packed key for the network; empty if it is out of its devices' reach.
+    #[prost(bytes = "vec", tag = "4")]
     pub(crate) network_key: Vec<u8>,
 }
 

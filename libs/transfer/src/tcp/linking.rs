@@ -188,8 +188,8 @@ async fn introduce(
     let introduction = Introduction {
         endpoint: shared.endpoint.clone(),
         epoch: shared.epoch.0,
-        workers: Some(ucx.addresses().into()),
-        memory: Some(ucx.expose(memory)?.into()),
+        workers: Some(ucx.addresses().clone()),
+        memory: Some(ucx.expose(memory)?),
         forced,
         host: ucx::host().unwrap_or_default(),
     };
@@ -215,7 +215,7 @@ async fn introduce(
     } else {
         Way::Network
     };
-    let addresses = introduced.workers.unwrap_or_default().into();
+    let addresses = introduced.workers.unwrap_or_default();
     let connected = timeout(within, ucx.connect(way, &addresses))
         .await
         .map_err(late)??;

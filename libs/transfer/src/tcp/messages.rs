@@ -15,25 +15,16 @@ pub(super) struct Introduction {
     #[prost(uint64, tag = "2")]
     pub(super) epoch: u64,
     #[prost(message, optional, tag = "3")]
-    pub(super) workers: Option<Workers>,
+    pub(super) workers: Option<Addresses>,
     /// Memory of it, for a look at how it can be reached.
     #[prost(message, optional, tag = "4")]
-    pub(super) memory: Option<Exposure>,
+    pub(super) memory: Option<Exposed>,
     /// Use UCX for this pair even if it only offers TCP.
     #[prost(bool, tag = "5")]
     pub(super) forced: bool,
     /// Equal on nodes that may be able to map each other's memory; empty if that is not known.
     #[prost(string, tag = "6")]
     pub(super) host: String,
-}
-
-/// Addresses of a node's UCX workers. Empty where there is none.
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Workers {
-    #[prost(bytes = "vec", tag = "1")]
-    pub(super) shared: Vec<u8>,
-    #[prost(bytes = "vec", tag = "2")]
-    pub(super) network: Vec<u8>,
 }
 
 /// The answer to an introduction.
@@ -44,7 +35,7 @@ pub(super) struct Introduced {
     pub(super) link: u64,
     /// Those of the server.
     #[prost(message, optional, tag = "2")]
-    pub(super) workers: Option<Workers>,
+    pub(super) workers: Option<Addresses>,
     /// Whether it is by mapping each other's memory; by a network otherwise.
     #[prost(bool, tag = "5")]
     pub(super) shared: bool,
@@ -62,80 +53,17 @@ pub(super) struct Source {
     #[prost(uint64, tag = "1")]
     pub(super) link: u64,
     #[prost(message, optional, tag = "2")]
-    pub(super) memory: Option<Exposure>,
+    pub(super) memory: Option<Exposed>,
     /// Offset in that memory of each slice, in the order of the table.
     #[prost(uint64, repeated, tag = "3")]
     pub(super) offsets: Vec<u64>,
 }
 
-/// Of `Admit`.
+/// Of `Admit`. Its answer is an [`Exposed`].
 #[derive(Clone, PartialEq, Eq, Message)]
 pub(super) struct Visit {
     #[prost(uint64, tag = "1")]
     pub(super) link: u64,
-}
-
-/// How memory is reached through UCX. Also the answer to `Admit`.
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Exposure {
-    /// Address of the first byte, in the owner's process.
-    #[prost(fixed64, tag = "1")]
-    pub(super) base: u64,
-    #[prost(uint64, tag = "2")]
-    pub(super) bytes: u64,
-    /// UCX's packed keys, as in [`Exposed`].
-    #[prost(bytes = "vec", tag = "3")]
-    pub(super) shared_key: Vec<u8>,
-    #[prost(bytes = "vec", tag = "4")]
-    pub(super) network_key: Vec<u8>,
-}
-
-impl From<&Addresses> for Workers {
-    fn from(addresses: &Addresses) -> Self {
-        let Addresses { shared, network } = addresses.clone();
-        Self { shared, network }
-    }
-}
-
-impl From<Workers> for Addresses {
-    fn from(workers: Workers) -> Self {
-        let Workers { shared, network } = workers;
-        Self { shared, network }
-    }
-}
-
-impl From<Exposed> for Exposure {
-    fn from(exposed: Exposed) -> Self {
-        let Exposed {
-            base,
-            bytes,
-            shared_key,
-            network_key,
-        } = exposed;
-        Self {
-            base,
-            bytes,
-            shared_key,
-            network_key,
-        }
-    }
-}
-
-impl From<Exposure> for Exposed {
-    fn from(exposure: Exposure) -> Self {
-        let Exposure {
-            base,
-            bytes,
-            shared_key,
-            network_key,
-        } = exposure;
-        Self {
-            base,
-            bytes,
-            shared_key,
-            network_key,
-        }
-    }
 }
 
 /// Reads a message of a request or an answer.

@@ -14,14 +14,14 @@ use types::{Epoch, Memory, MemoryKind};
 use super::Shared;
 use super::client::Peer;
 use super::link::{Link, Pull};
-use super::messages::{self, Exposure, Source, Visit};
+use super::messages::{self, Source, Visit};
 use super::stream;
 use super::wire::{ANSWER_HEAD_BYTES, AnswerHead, EXTRA_BYTES_MAX, Operation, RequestHead, Status};
 use crate::TransferError;
 use crate::cursor::Cursor;
 use crate::split::Part;
 use crate::transport::{Keep, RemoteRegion, Slice};
-use crate::ucx::{Choice, UcxError};
+use crate::ucx::{Choice, Exposed, UcxError};
 
 /// What all requests of a batch have in common.
 pub(super) struct Job {
@@ -49,12 +49,6 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// How a part goes.
-enum Way {
-    Inline,
-    Ucx(Arc<Link>),
-}
-
 /// Carries out one request, through UCX where there is a link, inline where there is none or it breaks.
 pub(super) async fn request(
     shared: &Shared,
@@ -63,7 +57,7 @@ pub(super) async fn request(
     part: &Part,
 ) -> Result<(), TransferError> {
     if let Some(link) = link {
-        match request_on(shared, job, &Way::Ucx(link.clone()), part).await? {
+        match request_on(shared, job, Some(link), part).await? {
             Answered::Done => return Ok(()),
             Answered::Broken(why) => {
                 job.peer.linking.broke(link, &why);
@@ -77,7 +71,7 @@ pub(super) async fn request(
         }
     }
     job.some_inline.store(true, Relaxed);
-    match request_on(shared, job, &Way::Inline, part).await? {
+    match request_on(shared, job, None, part).await? {
         Answered::Done => Ok(()),
         Answered::Broken(reason) => Err(TransferError::Protocol {
             endpoint: job.remote.endpoint.clone(),
@@ -95,14 +89,19 @@ enum Answered {
 
 /// It is tried once more if it failed on a connection that had served before: most likely the peer closed that one,
 /// and a request that is repeated puts the same bytes at the same place.
-async fn request_on(shared: &Shared, job: &Job, way: &Way, part: &Part) -> Result<Answered, TransferError> {
+async fn request_on(
+    shared: &Shared,
+    job: &Job,
+    link: Option<&Arc<Link>>,
+    part: &Part,
+) -> Result<Answered, TransferError> {
     let remote = &job.remote;
     let mut tries_left = 2;
     loop {
         tries_left -= 1;
         let connection = job.peer.connection(shared).await?;
-        let tried = match way {
-            Way::Inline => {
+        let tried = match link {
+            None => {
                 let mut cursor = job.cursor(part)?;
                 let head = job.head(job.operation, part, 0);
                 let (stream, spin) = (connection.stream()?, shared.config.ucx.spin);
@@ -110,7 +109,7 @@ async fn request_on(shared: &Shared, job: &Job, way: &Way, part: &Part) -> Resul
                     .await
                     .map(|status| (status, Vec::new()))
             }
-            Way::Ucx(link) => {
+            Some(link) => {
                 let (operation, extra) = job.by_ucx(shared, link, part)?;
                 let extra_bytes = u32::try_from(extra.len()).unwrap_or(u32::MAX);
                 let head = job.head(operation, part, extra_bytes);
@@ -140,18 +139,16 @@ async fn request_on(shared: &Shared, job: &Job, way: &Way, part: &Part) -> Resul
             Err(Failure::Final(error)) => return Err(error),
         };
         connection.give_back();
-        return match (way, status) {
-            (Way::Ucx(_), Status::NoLink) => Ok(Answered::Broken("the peer has no such link".into())),
-            (Way::Ucx(_), Status::NotMoved) => Ok(Answered::Broken("UCX failed at the peer".into())),
-            (Way::Ucx(link), Status::Done) if job.operation == Operation::Read => {
+        return match (link, status) {
+            (Some(_), Status::NoLink) => Ok(Answered::Broken("the peer has no such link".into())),
+            (Some(_), Status::NotMoved) => Ok(Answered::Broken("UCX failed at the peer".into())),
+            (Some(link), Status::Done) if job.operation == Operation::Read => {
                 Ok(match job.visit(link, &answer, part).await {
                     Ok(()) => Answered::Done,
                     Err(error) => Answered::Broken(error.to_string()),
                 })
             }
-            (Way::Inline | Way::Ucx(_), status) => {
-                done_or_refused(status, remote, &part.slices).map(|()| Answered::Done)
-            }
+            (_, status) => done_or_refused(status, remote, &part.slices).map(|()| Answered::Done),
         };
     }
 }
@@ -202,7 +199,7 @@ impl Job {
             .map_err(|error| failed(error.to_string()))?;
         let source = Source {
             link: link.id,
-            memory: Some(exposed.into()),
+            memory: Some(exposed),
             offsets: part.slices.iter().map(|slice| slice.local_offset).collect(),
         };
         if !messages::fits(&source) {
@@ -213,8 +210,8 @@ impl Job {
 
     /// Reads bytes of the peer, which has admitted it.
     async fn visit(&self, link: &Link, answer: &[u8], part: &Part) -> Result<(), UcxError> {
-        let exposure: Exposure = messages::read(answer).map_err(|error| UcxError::new(error.to_string()))?;
-        let window = link.window(&exposure.into()).await?;
+        let exposed: Exposed = messages::read(answer).map_err(|error| UcxError::new(error.to_string()))?;
+        let window = link.window(&exposed).await?;
         let run = |slice: &Slice| (slice.remote_offset, slice.local_offset, slice.len);
         let runs: Vec<_> = part.slices.iter().map(run).collect();
         let pull = Pull {
@@ -239,8 +236,7 @@ pub(super) async fn ask(
 ) -> Result<(Status, Vec<u8>), Failure> {
     let table = slices.iter().map(|slice| (slice.remote_offset, slice.len));
     stream::send_head(stream, &head.encode(table, extra)).await?;
-    stream::spin_for_readable(stream, spin).await;
-    let answer = receive_answer(stream, head, endpoint).await?;
+    let answer = receive_answer(stream, head, endpoint, spin).await?;
     let follows = usize::try_from(answer.payload_bytes).unwrap_or(usize::MAX);
     if follows > EXTRA_BYTES_MAX {
         return Err(violation(
@@ -269,8 +265,7 @@ async fn exchange(
     } else {
         stream::send_head(stream, &request).await?;
     }
-    stream::spin_for_readable(stream, spin).await;
-    let answer = receive_answer(stream, head, &remote.endpoint).await?;
+    let answer = receive_answer(stream, head, &remote.endpoint, spin).await?;
     let follows = match (head.operation, answer.status) {
         (Operation::Read, Status::Done) => head.payload_bytes,
         _ => 0,
@@ -291,7 +286,9 @@ async fn receive_answer(
     stream: &TcpStream,
     head: &RequestHead,
     endpoint: &str,
+    spin: Duration,
 ) -> Result<AnswerHead, Failure> {
+    stream::spin_for_readable(stream, spin).await;
     let mut answer = [0; ANSWER_HEAD_BYTES];
     stream::receive_exact(stream, &mut answer).await?;
     let answer = AnswerHead::decode(&answer).map_err(|error| violation(endpoint, error.to_string()))?;

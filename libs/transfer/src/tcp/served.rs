@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use super::Shared;
 use super::link::{Link, Pull};
-use super::messages::{Exposure, Introduced, Introduction, Source, Visit};
+use super::messages::{Introduced, Introduction, Source, Visit};
 use super::server::admit as admitted;
 use super::stream::Moved;
 use super::wire::{RequestHead, Status};
@@ -109,7 +109,7 @@ async fn make_link(shared: &Shared, introduction: Introduction) -> Result<Introd
     let memory = introduction
         .memory
         .ok_or_else(|| UcxError::new("an introduction without memory".into()))?;
-    let (memory, addresses) = (memory.into(), introduction.workers.unwrap_or_default().into());
+    let (memory, addresses) = (memory, introduction.workers.unwrap_or_default());
     let same_host = !introduction.host.is_empty() && crate::ucx::host() == Some(introduction.host);
     let within = shared.config.connect_timeout;
     let mut mapped = None;
@@ -135,7 +135,7 @@ async fn make_link(shared: &Shared, introduction: Introduction) -> Result<Introd
     shared.served_links.insert(link, shared.config.peers_max.get())?;
     Ok(Introduced {
         link: id,
-        workers: Some(ucx.addresses().into()),
+        workers: Some(ucx.addresses().clone()),
         shared: by_mapping,
         lanes,
         obstacle: String::new(),
@@ -190,7 +190,7 @@ pub(super) async fn fetch(
     let runs = source.offsets.iter().zip(slices);
     let runs: Vec<_> = runs.map(|(from, (to, bytes))| (*from, *to, *bytes)).collect();
     let moved = async {
-        let window = link.window(&memory.into()).await?;
+        let window = link.window(&memory).await?;
         let pull = Pull {
             window: &window,
             memory: grant.memory(),
@@ -225,7 +225,7 @@ pub(super) fn admit(
         return (Status::NoLink, Vec::new());
     };
     match ucx.expose(grant.memory()) {
-        Ok(exposed) => (Status::Done, Exposure::from(exposed).encode_to_vec()),
+        Ok(exposed) => (Status::Done, exposed.encode_to_vec()),
         Err(error) => {
             tracing::debug!(%error, "memory cannot be read through ucx");
             (Status::NotMoved, Vec::new())

@@ -140,6 +140,9 @@ async fn serve_request(
     let table = &mut scratch[..head.table_bytes()];
     stream::receive_exact(connection, table).await?;
     let slices = head.decode_table(table)?;
+    // Empty for payload in line.
+    let extra = &mut scratch[..head.extra_bytes as usize];
+    stream::receive_exact(connection, extra).await?;
     let mut link = None;
     let (status, answer_behind) = match head.operation {
         Operation::Read => {
@@ -150,23 +153,16 @@ async fn serve_request(
             let status = receive_write(shared, connection, head, &slices, scratch).await?;
             (status, Vec::new())
         }
-        Operation::Introduce | Operation::Fetch | Operation::Admit => {
-            let extra = &mut scratch[..head.extra_bytes as usize];
-            stream::receive_exact(connection, extra).await?;
-            match head.operation {
-                Operation::Introduce => {
-                    let introduced = served::introduce(shared, messages::read(extra)?).await;
-                    link = Some(introduced.link).filter(|link| *link != 0);
-                    (Status::Done, introduced.encode_to_vec())
-                }
-                Operation::Admit => served::admit(shared, head, &slices, &messages::read(extra)?),
-                Operation::Fetch | Operation::Read | Operation::Write => {
-                    let source = messages::read(extra)?;
-                    let gone = || stream::is_stale(connection);
-                    let status = served::fetch(shared, head, &slices, source, gone).await;
-                    (status, Vec::new())
-                }
-            }
+        Operation::Introduce => {
+            let introduced = served::introduce(shared, messages::read(extra)?).await;
+            link = Some(introduced.link).filter(|link| *link != 0);
+            (Status::Done, introduced.encode_to_vec())
+        }
+        Operation::Admit => served::admit(shared, head, &slices, &messages::read(extra)?),
+        Operation::Fetch => {
+            let gone = || stream::is_stale(connection);
+            let status = served::fetch(shared, head, &slices, messages::read(extra)?, gone).await;
+            (status, Vec::new())
         }
     };
     // Before the answer, so that who has it finds it counted.

@@ -56,9 +56,11 @@ pub(super) struct Mapped {
 }
 
 /// Where peers' workers find those of this process. Empty where there is none.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, prost::Message)]
 pub(crate) struct Addresses {
+    #[prost(bytes = "vec", tag = "1")]
     pub(crate) shared: Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
     pub(crate) network: Vec<u8>,
 }
 
