@@ -340,8 +340,15 @@ pub fn request(tokens: &[Token], sampling: v1::Sampling) -> v1::GenerateRequest 
     }
 }
 
-/// Waits until the router's index knows at least `blocks` blocks: logs reach it a moment after a request ended.
-pub async fn wait_for_index(client: &mut InferenceClient<Channel>, blocks: u64) {
+/// Asks the router for the cluster's status until `look` finds what it wants in it. Its error says what there is instead.
+///
+/// # Panics
+///
+/// If it does not within [`PATIENCE`].
+pub async fn wait_for_status<T>(
+    client: &mut InferenceClient<Channel>,
+    mut look: impl FnMut(v1::ClusterStatusResponse) -> Result<T, String>,
+) -> T {
     let start = Instant::now();
     loop {
         let status = client
@@ -349,19 +356,32 @@ pub async fn wait_for_index(client: &mut InferenceClient<Channel>, blocks: u64) 
             .await
             .expect("status")
             .into_inner();
-        let known: u64 = status
-            .nodes
-            .iter()
-            .map(|node| node.indexed_blocks)
-            .max()
-            .unwrap_or(0);
-        if known >= blocks {
-            return;
-        }
-        assert!(
-            start.elapsed() < PATIENCE,
-            "the index knows {known} blocks, but {blocks} were expected"
-        );
+        let instead = match look(status) {
+            Ok(found) => return found,
+            Err(instead) => instead,
+        };
+        assert!(start.elapsed() < PATIENCE, "{instead}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// Nodes that the router has heard of.
+pub fn heard(status: &v1::ClusterStatusResponse) -> impl Iterator<Item = &v1::NodeStatus> {
+    let nodes = status.nodes.iter();
+    nodes.filter(|node| node.connected && !node.load_json.is_empty())
+}
+
+/// Waits until the router's index knows at least `blocks` blocks: logs reach it a moment after a request ended.
+pub async fn wait_for_index(client: &mut InferenceClient<Channel>, blocks: u64) {
+    wait_for_status(client, |status| {
+        let known = status.nodes.iter().map(|node| node.indexed_blocks).max();
+        let known = known.unwrap_or(0);
+        if known >= blocks {
+            return Ok(());
+        }
+        Err(format!(
+            "the index knows {known} blocks, but {blocks} were expected"
+        ))
+    })
+    .await;
 }

@@ -14,7 +14,7 @@ use proto::v1::prefill_client::PrefillClient;
 use proto::v1::{prefill_command, prefill_event};
 use proto::{status, v1};
 use tests::cases::{Case, Random, token};
-use tests::{Cluster, PATIENCE, Process, client, free_port, generate, perigee};
+use tests::{Cluster, PATIENCE, Process, client, free_port, generate, heard, perigee, wait_for_status};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use transfer::{
@@ -69,25 +69,14 @@ impl Victim {
 /// Waits until the router has heard of an incarnation of `id` that is newer than `than`.
 async fn newer(grpc: &str, id: &str, than: Epoch) -> NodeRecord {
     let mut client = client(grpc).await;
-    let start = Instant::now();
-    loop {
-        let status = client
-            .cluster_status(v1::ClusterStatusRequest {})
-            .await
-            .expect("status")
-            .into_inner();
-        let heard = status
-            .nodes
-            .iter()
-            .filter(|node| node.connected && !node.load_json.is_empty());
-        let mut records =
-            heard.map(|node| -> NodeRecord { serde_json::from_str(&node.record_json).expect("record") });
-        if let Some(record) = records.find(|record| record.id.as_str() == id && record.epoch > than) {
-            return record;
-        }
-        assert!(start.elapsed() < PATIENCE, "{id} did not come back");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    wait_for_status(&mut client, |status| {
+        let mut records = heard(&status)
+            .map(|node| -> NodeRecord { serde_json::from_str(&node.record_json).expect("record") });
+        records
+            .find(|record| record.id.as_str() == id && record.epoch > than)
+            .ok_or_else(|| format!("{id} did not come back"))
+    })
+    .await
 }
 
 /// The incarnation that is at the ports now takes nothing that is meant for `past`.
