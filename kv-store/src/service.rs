@@ -15,12 +15,13 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
-use transfer::RemoteRegion;
+use transfer::{Calls, RemoteRegion};
 use types::{BlockHash, Error, ErrorCode, LeaseId};
 
 use crate::expiring::Full;
 use crate::store::Store;
 
+mod calls;
 mod put;
 mod watch;
 
@@ -60,8 +61,11 @@ impl Service {
             .max_encoding_message_size(proto::MESSAGE_BYTES_MAX)
     }
 
-    /// Ends leases and reservations whose time has come, until shutdown. One of these must run per store.
+    /// Answers calls over the transfer connection, and ends leases and reservations whose time has come, until shutdown.
+    /// One of these must run per store.
     pub async fn run(self) {
+        let calls: Arc<dyn Calls> = Arc::new(self.clone());
+        self.store.transport().serve_calls(Arc::downgrade(&calls));
         let mut interval =
             tokio::time::interval(self.store.config().expiry_interval.max(EXPIRY_INTERVAL_MIN));
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -15,7 +15,6 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::{Semaphore, watch};
 use transfer::{RegionId, RemoteRegion, TransferError, Transport};
-use twox_hash::XxHash3_64;
 use types::layout::LayoutError;
 use types::{
     BlockDescriptor, BlockHash, BlockId, Checksum, Epoch, ErrorCode, Generation, KvLayout, KvSpace, Memory,
@@ -283,6 +282,13 @@ impl Store {
         (root, root.chain(tokens, self.layout().block_tokens))
     }
 
+    /// Knows the root of a tenant's space from now on, so that its first blocks have a parent here.
+    pub(crate) fn remember_tenant(&self, tenant: &str) {
+        if !tenant.is_empty() {
+            self.roots().of_tenant(tenant);
+        }
+    }
+
     /// Pins the longest leading run of held blocks, and counts the rest as misses.
     pub fn match_prefix(&self, hashes: &[BlockHash]) -> Vec<BlockPin> {
         let held = self.pin_held(hashes);
@@ -301,6 +307,13 @@ impl Store {
     /// Leading blocks of a chain that are held now. They may be evicted at any time.
     pub fn lookup_len(&self, chain: &[BlockHash]) -> usize {
         self.table().match_len(chain)
+    }
+
+    /// Which of these blocks are held now, wherever they are in their chains. They may be evicted at any time.
+    pub fn exists(&self, hashes: &[BlockHash]) -> Vec<bool> {
+        let table = self.table();
+        let held = |hash: &BlockHash| table.match_len(std::slice::from_ref(hash)) == 1;
+        hashes.iter().map(held).collect()
     }
 
     /// Blocks that [`Store::allocate`] could give now.
@@ -407,9 +420,9 @@ impl Store {
             self.inner.memory.as_ref(),
             block.0 as usize * bytes,
             bytes,
-            XxHash3_64::oneshot,
+            Checksum::of,
         );
-        Checksum(hashed.expect("blocks are inside the pool, and the pool is host memory"))
+        hashed.expect("blocks are inside the pool, and the pool is host memory")
     }
 
     /// Lets a peer write to these blocks, and nowhere else. The blocks come back from [`Grant::fence`].

@@ -153,6 +153,18 @@ impl Transport for FlipsBits {
         self.inner.flush(endpoint, deadline)
     }
 
+    fn call(
+        &self,
+        call: transfer::Call,
+        deadline: Instant,
+    ) -> BoxFuture<'static, Result<transfer::Answered, TransferError>> {
+        self.inner.call(call, deadline)
+    }
+
+    fn serve_calls(&self, calls: std::sync::Weak<dyn transfer::Calls>) {
+        self.inner.serve_calls(calls);
+    }
+
     fn tear_down(&self, endpoint: &str) {
         self.inner.tear_down(endpoint);
     }

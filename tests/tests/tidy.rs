@@ -20,7 +20,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("engine", &["types"]),
     ("node", &["types", "proto"]),
     ("transfer", &["types", "ucx-sys"]),
-    ("client", &["types", "proto", "node"]),
+    ("client", &["types", "proto", "node", "transfer"]),
     ("kv-store", &["types", "proto", "node", "transfer"]),
     (
         "prefill-node",

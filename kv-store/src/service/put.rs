@@ -11,7 +11,7 @@ use types::{BlockHash, Checksum, Error, ErrorCode};
 
 use super::{region_to_wire, too_many};
 use crate::expiring::Expiring;
-use crate::store::{BlockPin, Grant, Store};
+use crate::store::{BlockPin, Grant, OwnedBlock, Store};
 
 /// The reservations that are open.
 #[derive(Debug)]
@@ -96,7 +96,7 @@ impl Puts {
     pub(super) async fn commit(&self, store: &Store, id: u64, checksums: &[u64]) -> Result<(), Error> {
         let Reservation {
             grant,
-            mut parent,
+            parent,
             hashes,
             before,
         } = self.take(id)?;
@@ -109,19 +109,16 @@ impl Puts {
                 format!("{given} checksums were given for {granted} blocks; the reservation is aborted"),
             ));
         }
-        let checksums = || checksums.iter().copied().map(Checksum);
-        for ((block, hash), checksum) in blocks.iter().zip(&hashes).zip(checksums()) {
-            store.verify(block, *hash, checksum)?;
+        let checksums = checksums.iter().copied().map(Checksum);
+        let written: Vec<_> = blocks.into_iter().zip(hashes.into_iter().zip(checksums)).collect();
+        for (block, (hash, checksum)) in &written {
+            store.verify(block, *hash, *checksum)?;
             // Hashing one block is short, hashing all of them is not.
             tokio::task::yield_now().await;
         }
-        let mut published = Vec::with_capacity(blocks.len());
-        for ((block, hash), checksum) in blocks.into_iter().zip(hashes).zip(checksums()) {
-            published.push(store.commit_verified(block, parent, hash, checksum));
-            parent = hash;
-        }
-        // Only now may any of them be evicted.
-        drop((before, published));
+        publish(store, written, parent);
+        // Only now may what comes before be evicted.
+        drop(before);
         Ok(())
     }
 
@@ -162,4 +159,19 @@ impl Puts {
             .lock()
             .expect("nothing panics while it looks up a reservation")
     }
+}
+
+/// Makes verified blocks, which follow each other, available under their hashes. Those before must be pinned.
+pub(super) fn publish(
+    store: &Store,
+    written: impl IntoIterator<Item = (OwnedBlock, (BlockHash, Checksum))>,
+    mut parent: BlockHash,
+) {
+    let mut published = Vec::new();
+    for (block, (hash, checksum)) in written {
+        published.push(store.commit_verified(block, parent, hash, checksum));
+        parent = hash;
+    }
+    // Only now may any of them be evicted.
+    drop(published);
 }

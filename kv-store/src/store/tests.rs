@@ -79,7 +79,7 @@ fn a_block_is_found_once_it_is_committed_and_until_it_is_evicted() {
     assert_eq!(store.lookup_len(&[hash]), 0);
     let pin = store.commit(block, root, hash);
     assert!(!pin.is_private());
-    assert_eq!(pin.checksum(), Checksum(XxHash3_64::oneshot(&content(hash))));
+    assert_eq!(pin.checksum(), Checksum::of(&content(hash)));
     assert_eq!(store.lookup_len(&[hash]), 1);
     assert_eq!(store.allocate(2).unwrap_err().available, 1);
     let generation = pin.generation();

@@ -374,6 +374,18 @@ impl Transport for Lazy {
         self.0.flush(endpoint, deadline)
     }
 
+    fn call(
+        &self,
+        call: transfer::Call,
+        deadline: Instant,
+    ) -> BoxFuture<'static, Result<transfer::Answered, TransferError>> {
+        self.0.call(call, deadline)
+    }
+
+    fn serve_calls(&self, calls: std::sync::Weak<dyn transfer::Calls>) {
+        self.0.serve_calls(calls);
+    }
+
     fn tear_down(&self, endpoint: &str) {
         self.0.tear_down(endpoint);
     }

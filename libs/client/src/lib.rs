@@ -6,6 +6,7 @@
 //! Elsewhere: connections (`node::channel`), retries and placement (the callers: only they know what is safe to
 //! repeat).
 
+mod blocks;
 mod call;
 mod decode;
 mod inference;
@@ -13,6 +14,7 @@ mod node;
 mod store;
 mod transfer;
 
+pub use blocks::{Blocks, Buffer, Place};
 pub use call::UNARY_DEADLINE;
 pub use decode::{Decode, DecodeEvent, DecodeStream};
 pub use inference::{ClusterStatus, GenerateEvent, GenerateStream, Inference, NodeStatus};

@@ -90,6 +90,22 @@ pub enum TransferError {
         /// The peer's epoch.
         current: Epoch,
     },
+    /// The peer answers no calls.
+    #[error("{endpoint} answers no calls")]
+    Unserved {
+        /// The peer.
+        endpoint: String,
+    },
+    /// A call is larger than calls may be.
+    #[error("a call with {bytes} bytes of {what}, more than {limit}")]
+    TooLarge {
+        /// What is too large.
+        what: &'static str,
+        /// Its size.
+        bytes: u64,
+        /// Its bound.
+        limit: u64,
+    },
     /// No connection came about. Nothing was sent.
     #[error("cannot reach {endpoint}: {reason}")]
     Unreachable {
@@ -146,6 +162,7 @@ impl TransferError {
             Self::OutOfBounds { .. }
             | Self::UnsupportedMemory { .. }
             | Self::UnsupportedEndpoint { .. }
+            | Self::TooLarge { .. }
             | Self::OutOfRange { .. } => ErrorCode::Invalid,
             Self::Memory(error) => error.code(),
             Self::UnknownRegion { .. } | Self::UnknownKey { .. } => ErrorCode::NotFound,
@@ -159,6 +176,7 @@ impl TransferError {
             | Self::ConnectionLost { .. }
             | Self::Ucx { .. }
             | Self::NoUcx { .. }
+            | Self::Unserved { .. }
             | Self::Closed => ErrorCode::Unavailable,
             Self::Timeout { .. } => ErrorCode::Timeout,
             Self::Protocol { .. } => ErrorCode::Internal,

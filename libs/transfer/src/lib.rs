@@ -33,6 +33,7 @@
 //!
 //! Where things are:
 //! - [`transport`]: the [`Transport`] trait, what travels in an offer, and [`choose`], the seam for more transports;
+//! - [`calls`]: a message and bytes to a peer or back, in one round trip;
 //! - [`tcp`]: the built-in transport, and the specification of its wire format;
 //! - [`mem`]: a deterministic network with seeded faults, for tests;
 //! - [`memory`]: memory of this process, and checked copies in and out of any [`types::Memory`];
@@ -44,6 +45,7 @@
 #![allow(unsafe_code)] // Bytes move to and from memory that kernels and peers share; see `cursor` and `memory`.
 
 mod barrier;
+pub mod calls;
 mod cursor;
 pub mod error;
 pub mod mem;
@@ -55,6 +57,7 @@ pub mod tcp;
 pub mod transport;
 pub mod ucx;
 
+pub use calls::{Answered, Call, Calls, Payload, Place, Reply};
 pub use error::TransferError;
 pub use mem::{MemNetwork, MemTransport};
 pub use memory::{HostMemory, MemoryError};

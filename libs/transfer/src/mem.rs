@@ -7,13 +7,14 @@
 //! in chunks, each after a delay, and that the network can be told to misbehave: [`Faults`] per transfer, and
 //! [`MemNetwork::partition`] and [`MemNetwork::kill`] by hand.
 
+mod calls;
 mod plan;
 mod transfer;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -25,6 +26,7 @@ use types::{Epoch, ErrorCode, Memory};
 
 use self::transfer::Transfer;
 use crate::barrier::Barrier;
+use crate::calls::{Answered, Call, Calls};
 use crate::region::{Direction, Keys, RegionTable};
 use crate::stats::Stats;
 use crate::transport::{RegionId, RemoteRegion, TransferBatch, TransferStats, Transport};
@@ -152,6 +154,7 @@ struct Node {
     /// Bounded by the endpoints that the test names.
     links: Mutex<HashMap<String, Link>>,
     stats: Stats,
+    calls: OnceLock<Weak<dyn Calls>>,
     killed: CancellationToken,
 }
 
@@ -163,6 +166,7 @@ struct Link {
 }
 
 /// A transport of a [`MemNetwork`].
+#[derive(Clone)]
 pub struct MemTransport {
     network: Arc<Network>,
     node: Arc<Node>,
@@ -192,6 +196,7 @@ impl MemNetwork {
             regions: RegionTable::new(Keys::Counted),
             links: Mutex::default(),
             stats: Stats::default(),
+            calls: OnceLock::new(),
             killed: CancellationToken::new(),
         });
         self.shared.inner().nodes.insert(endpoint, node.clone());
@@ -388,6 +393,29 @@ impl Transport for MemTransport {
                 .map_err(|_| TransferError::Timeout { endpoint })
         }
         .boxed()
+    }
+
+    fn call(&self, call: Call, deadline: Instant) -> BoxFuture<'static, Result<Answered, TransferError>> {
+        let (transport, endpoint) = (self.clone(), call.endpoint.clone());
+        async move {
+            let link = transport.node.link(&endpoint);
+            let killed = transport.node.killed.clone();
+            let asking = link.torn_down.run_until_cancelled(transport.ask(call));
+            match timeout_at(deadline, killed.run_until_cancelled(asking)).await {
+                Err(_) => Err(TransferError::Timeout { endpoint }),
+                Ok(None) => Err(TransferError::Closed),
+                Ok(Some(None)) => Err(TransferError::ConnectionLost {
+                    endpoint,
+                    reason: "torn down".into(),
+                }),
+                Ok(Some(Some(result))) => result,
+            }
+        }
+        .boxed()
+    }
+
+    fn serve_calls(&self, calls: Weak<dyn Calls>) {
+        let _first = self.node.calls.set(calls);
     }
 
     fn tear_down(&self, remote_endpoint: &str) {

@@ -20,17 +20,18 @@
 //! |---|---|---|
 //! | 0 | 4 bytes | magic `PGXF` |
 //! | 4 | u8 | version, 1 |
-//! | 5 | u8 | operation: 1 write, 2 read |
+//! | 5 | u8 | operation: 1 write, 2 read, 3 introduce, 4 fetch, 5 admit, 6 call |
 //! | 6 | u16 | 0 |
 //! | 8 | u64 | request id, chosen by the client |
 //! | 16 | u64 | epoch of the server that the grant is of |
 //! | 24 | u64 | key of the grant |
-//! | 32 | u64 | payload bytes, 1 to 2²⁶ |
-//! | 40 | u32 | slices, 1 to 4096 |
-//! | 44 | u32 | 0 |
+//! | 32 | u64 | payload bytes, 1 to 2²⁶; of a call 0 to 2²⁶; of an introduction 0 |
+//! | 40 | u32 | slices, 1 to 4096; of an introduction or a call 0 |
+//! | 44 | u32 | bytes of the message, 0 for a write or a read, at most 2¹⁶ |
 //!
 //! Then the slice table, per slice: offset in the server's memory (u64), length (u64, not 0). The lengths add up
-//! to the payload bytes. Then, for a write, the payload: the slices' bytes in the order of the table.
+//! to the payload bytes. Then the message, of `messages.rs`. Then, for a write, the payload: the slices' bytes in the order
+//! of the table; for a call, what comes with it in line.
 //!
 //! Answer head, 32 bytes:
 //!
@@ -38,11 +39,11 @@
 //! |---|---|---|
 //! | 0 | 4 bytes | magic `PGXF` |
 //! | 4 | u8 | version, 1 |
-//! | 5 | u8 | status: 0 done, 1 unknown key, 2 direction denied, 3 stale epoch, 4 out of range |
+//! | 5 | u8 | status: 0 done, 1 unknown key, 2 direction denied, 3 stale epoch, 4 out of range, 5 no such link, 6 not moved by UCX, 7 no calls answered here |
 //! | 6 | u16 | 0 |
 //! | 8 | u64 | request id |
-//! | 16 | u64 | payload bytes that follow: those asked for after a read that is done, otherwise 0 |
-//! | 24 | u64 | status 3: the server's epoch; status 4: position of the first slice outside; otherwise 0 |
+//! | 16 | u64 | bytes that follow: the payload of a read, or the message of an introduction, an admission or a call and what comes with it in line |
+//! | 24 | u64 | status 3: the server's epoch; status 4: position of the first slice outside; a call that is done: bytes of its message; otherwise 0 |
 //!
 //! A refused write is answered after its payload was received. Anything that is not this protocol, and any
 //! request that takes longer than the server's bound, closes the connection without an answer.
@@ -52,6 +53,8 @@
 //!
 //! Elsewhere: grants and the fence (`region.rs`), the system calls (`cursor.rs`), splitting (`split.rs`).
 
+mod call;
+mod called;
 mod client;
 mod link;
 mod linking;
@@ -62,10 +65,12 @@ mod server;
 mod stream;
 mod wire;
 
+pub(crate) use call::check as check_runs;
+
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -76,6 +81,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use types::{Epoch, Memory};
 
+use crate::calls::{Answered, Call, Calls};
 use crate::region::{Keys, RegionTable};
 use crate::stats::Stats;
 use crate::transport::{Link, Mover, RegionId, RemoteRegion, TransferBatch, TransferStats, Transport};
@@ -154,6 +160,8 @@ struct Shared {
     ucx: Result<Arc<Ucx>, String>,
     /// Links over which peers have UCX move bytes here.
     served_links: served::Links,
+    /// Who answers calls.
+    calls: OnceLock<Weak<dyn Calls>>,
     /// Cancelled when the transport closes.
     closed: CancellationToken,
     /// The server's tasks.
@@ -184,6 +192,7 @@ impl TcpTransport {
             stats: Stats::default(),
             ucx,
             served_links: served::Links::default(),
+            calls: OnceLock::new(),
             closed: CancellationToken::new(),
             tasks: TaskTracker::new(),
         });
@@ -326,6 +335,14 @@ impl Transport for TcpTransport {
         deadline: Instant,
     ) -> BoxFuture<'static, Result<(), TransferError>> {
         client::flush(&self.shared, remote_endpoint, deadline)
+    }
+
+    fn call(&self, call: Call, deadline: Instant) -> BoxFuture<'static, Result<Answered, TransferError>> {
+        call::call(self.shared.clone(), call, deadline)
+    }
+
+    fn serve_calls(&self, calls: Weak<dyn Calls>) {
+        let _first = self.shared.calls.set(calls);
     }
 
     fn tear_down(&self, remote_endpoint: &str) {

@@ -28,7 +28,7 @@
 use std::any::Any;
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -36,6 +36,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use types::{Epoch, Memory};
 
+use crate::calls::{Answered, Call, Calls};
 use crate::{HostMemory, StatsSnapshot, TransferError};
 
 /// A registered memory, named within its transport.
@@ -204,6 +205,13 @@ pub trait Transport: Send + Sync + 'static {
         remote_endpoint: &str,
         deadline: Instant,
     ) -> BoxFuture<'static, Result<(), TransferError>>;
+
+    /// Calls a peer; see [`crate::calls`]. Ends within `deadline`. After an error it is not known whether the peer answered
+    /// it.
+    fn call(&self, call: Call, deadline: Instant) -> BoxFuture<'static, Result<Answered, TransferError>>;
+
+    /// Has the calls of peers answered by `calls` for as long as that lives. Only the first one given is ever asked.
+    fn serve_calls(&self, calls: Weak<dyn Calls>);
 
     /// Cuts all connections to a peer; transfers that use them fail with [`TransferError::ConnectionLost`].
     /// The next transfer connects again.

@@ -1,6 +1,7 @@
 //! What nodes tell each other about their blocks.
 
 use serde::{Deserialize, Serialize};
+use twox_hash::XxHash3_64;
 
 use crate::{BlockHash, BlockId};
 
@@ -21,6 +22,13 @@ impl Generation {
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Checksum(pub u64);
+
+impl Checksum {
+    /// The checksum of a block with these bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(XxHash3_64::oneshot(bytes))
+    }
+}
 
 /// Where a block lies on its node, from fastest to slowest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

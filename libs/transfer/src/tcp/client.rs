@@ -174,28 +174,38 @@ async fn run(
     deadline: Instant,
 ) -> Result<TransferStats, TransferError> {
     let begun = Instant::now();
-    let endpoint = job.peer.endpoint.clone();
-    let torn_down = job.peer.torn_down().clone();
     // All in this task, so that dropping the future stops all of it at once.
-    let moving = torn_down.run_until_cancelled(requests(shared, &job, slices));
-    match timeout_at(deadline, moving).await {
+    let moving = requests(shared, &job, slices);
+    let (requests, bytes) = within(shared, &job.peer, deadline, moving).await?;
+    Ok(TransferStats {
+        bytes,
+        requests,
+        elapsed: begun.elapsed(),
+        mover: if job.some_inline.load(Relaxed) {
+            SCHEME
+        } else {
+            UCX
+        },
+    })
+}
+
+/// Ends what is asked of a peer at its deadline, and when the connections to the peer are torn down.
+pub(super) async fn within<T>(
+    shared: &Shared,
+    peer: &Peer,
+    deadline: Instant,
+    asking: impl Future<Output = Result<T, TransferError>>,
+) -> Result<T, TransferError> {
+    let endpoint = peer.endpoint.clone();
+    let torn_down = peer.torn_down().clone();
+    match timeout_at(deadline, torn_down.run_until_cancelled(asking)).await {
         Err(_) => Err(TransferError::Timeout { endpoint }),
         Ok(None) if shared.closed.is_cancelled() => Err(TransferError::Closed),
         Ok(None) => Err(TransferError::ConnectionLost {
             endpoint,
             reason: "torn down".into(),
         }),
-        Ok(Some(Err(error))) => Err(error),
-        Ok(Some(Ok((requests, bytes)))) => Ok(TransferStats {
-            bytes,
-            requests,
-            elapsed: begun.elapsed(),
-            mover: if job.some_inline.load(Relaxed) {
-                SCHEME
-            } else {
-                UCX
-            },
-        }),
+        Ok(Some(result)) => result,
     }
 }
 
@@ -232,7 +242,7 @@ async fn requests(shared: &Arc<Shared>, job: &Job, slices: &[Slice]) -> Result<(
 }
 
 impl Peers {
-    fn get(&self, shared: &Shared, endpoint: &str) -> Result<Arc<Peer>, TransferError> {
+    pub(super) fn get(&self, shared: &Shared, endpoint: &str) -> Result<Arc<Peer>, TransferError> {
         let mut peers = self.map();
         if let Some(peer) = peers.get(endpoint) {
             return Ok(peer.clone());
@@ -313,6 +323,12 @@ impl Peer {
         }
     }
 
+    /// Counts bytes that were moved.
+    pub(super) fn count(&self, written_bytes: u64, read_bytes: u64) {
+        self.written_bytes.fetch_add(written_bytes, Relaxed);
+        self.read_bytes.fetch_add(read_bytes, Relaxed);
+    }
+
     /// Numbers requests, so that answers can be told apart.
     pub(super) fn next_request(&self) -> u64 {
         self.requests.fetch_add(1, Relaxed)
@@ -383,6 +399,10 @@ impl Connection {
     /// Whether it served before, so that the peer may have closed it meanwhile.
     pub(super) fn is_reused(&self) -> bool {
         self.reused
+    }
+
+    pub(super) fn peer(&self) -> &Arc<Peer> {
+        &self.peer
     }
 
     pub(super) fn stream(&self) -> Result<&TcpStream, TransferError> {

@@ -66,6 +66,63 @@ pub(super) struct Visit {
     pub(super) link: u64,
 }
 
+/// Of `Call`: the message, and where UCX finds what comes with it.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(super) struct Question {
+    #[prost(bytes = "vec", tag = "1")]
+    pub(super) message: Vec<u8>,
+    /// The link through which bytes go, either way. 0: they come in line.
+    #[prost(uint64, tag = "2")]
+    pub(super) link: u64,
+    /// Where the client has the bytes that come with the call, if they do not come in line.
+    #[prost(message, optional, tag = "3")]
+    pub(super) place: Option<Runs>,
+    /// Bytes that the client has room for.
+    #[prost(uint64, tag = "4")]
+    pub(super) room_bytes: u64,
+}
+
+/// The answer to a call.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(super) struct Response {
+    #[prost(bytes = "vec", tag = "1")]
+    pub(super) message: Vec<u8>,
+    /// Where the server has the bytes that come with it, if they do not come in line.
+    #[prost(message, optional, tag = "2")]
+    pub(super) place: Option<Runs>,
+}
+
+/// Runs of bytes of some memory.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(super) struct Runs {
+    #[prost(message, optional, tag = "1")]
+    pub(super) memory: Option<Exposed>,
+    #[prost(uint64, repeated, tag = "2")]
+    pub(super) offsets: Vec<u64>,
+    #[prost(uint64, repeated, tag = "3")]
+    pub(super) lengths: Vec<u64>,
+}
+
+impl Runs {
+    pub(super) fn new(memory: Exposed, runs: &[(u64, u64)]) -> Self {
+        Self {
+            memory: Some(memory),
+            offsets: runs.iter().map(|(offset, _)| *offset).collect(),
+            lengths: runs.iter().map(|(_, bytes)| *bytes).collect(),
+        }
+    }
+
+    /// The memory and the runs, offset and length of each.
+    pub(super) fn take(self) -> Result<(Exposed, Vec<(u64, u64)>), WireError> {
+        match self.memory {
+            Some(memory) if self.offsets.len() == self.lengths.len() => {
+                Ok((memory, self.offsets.into_iter().zip(self.lengths).collect()))
+            }
+            _ => Err(WireError::Message),
+        }
+    }
+}
+
 /// Reads a message of a request or an answer.
 pub(super) fn read<M: Message + Default>(bytes: &[u8]) -> Result<M, WireError> {
     M::decode(bytes).map_err(|_| WireError::Message)

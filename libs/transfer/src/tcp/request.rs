@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use types::{Epoch, Memory, MemoryKind};
 
 use super::Shared;
-use super::client::Peer;
+use super::client::{Connection, Peer};
 use super::link::{Link, Pull};
 use super::messages::{self, Source, Visit};
 use super::stream;
@@ -87,8 +87,6 @@ enum Answered {
     Broken(String),
 }
 
-/// It is tried once more if it failed on a connection that had served before: most likely the peer closed that one,
-/// and a request that is repeated puts the same bytes at the same place.
 async fn request_on(
     shared: &Shared,
     job: &Job,
@@ -96,60 +94,81 @@ async fn request_on(
     part: &Part,
 ) -> Result<Answered, TransferError> {
     let remote = &job.remote;
-    let mut tries_left = 2;
-    loop {
-        tries_left -= 1;
+    let mut tries = Tries::new();
+    let (status, answer) = loop {
         let connection = job.peer.connection(shared).await?;
-        let tried = match link {
-            None => {
-                let mut cursor = job.cursor(part)?;
-                let head = job.head(job.operation, part, 0);
-                let (stream, spin) = (connection.stream()?, shared.config.ucx.spin);
-                exchange(stream, &head, &part.slices, &mut cursor, remote, spin)
-                    .await
-                    .map(|status| (status, Vec::new()))
+        let tried = try_on(shared, job, link, part, connection.stream()?).await;
+        if let Some(settled) = tries.settle(connection, tried) {
+            break settled?;
+        }
+    };
+    match (link, status) {
+        (Some(_), Status::NoLink) => Ok(Answered::Broken("the peer has no such link".into())),
+        (Some(_), Status::NotMoved) => Ok(Answered::Broken("UCX failed at the peer".into())),
+        (Some(link), Status::Done) if job.operation == Operation::Read => {
+            Ok(match job.visit(link, &answer, part).await {
+                Ok(()) => Answered::Done,
+                Err(error) => Answered::Broken(error.to_string()),
+            })
+        }
+        (_, status) => done_or_refused(status, remote, &part.slices).map(|()| Answered::Done),
+    }
+}
+
+async fn try_on(
+    shared: &Shared,
+    job: &Job,
+    link: Option<&Arc<Link>>,
+    part: &Part,
+    stream: &TcpStream,
+) -> Result<(Status, Vec<u8>), Failure> {
+    let (remote, spin) = (&job.remote, shared.config.ucx.spin);
+    let Some(link) = link else {
+        let mut cursor = job.cursor(part).map_err(Failure::Final)?;
+        let head = job.head(job.operation, part, 0);
+        let status = exchange(stream, &head, &part.slices, &mut cursor, remote, spin).await?;
+        return Ok((status, Vec::new()));
+    };
+    let (operation, extra) = job.by_ucx(shared, link, part).map_err(Failure::Final)?;
+    let extra_bytes = u32::try_from(extra.len()).unwrap_or(u32::MAX);
+    let head = job.head(operation, part, extra_bytes);
+    ask(stream, &remote.endpoint, &head, &part.slices, &extra, spin).await
+}
+
+/// A request may be tried once more if it failed on a connection that had served before: most likely the peer closed that
+/// one, and a request that is repeated does the same again.
+pub(super) struct Tries {
+    left: u32,
+}
+
+impl Tries {
+    pub(super) fn new() -> Self {
+        Self { left: 2 }
+    }
+
+    /// What came of a try. `None`: it is worth another one.
+    pub(super) fn settle<T>(
+        &mut self,
+        connection: Connection,
+        tried: Result<T, Failure>,
+    ) -> Option<Result<T, TransferError>> {
+        self.left -= 1;
+        let peer = connection.peer().clone();
+        match tried {
+            Ok(answered) => {
+                connection.give_back();
+                Some(Ok(answered))
             }
-            Some(link) => {
-                let (operation, extra) = job.by_ucx(shared, link, part)?;
-                let extra_bytes = u32::try_from(extra.len()).unwrap_or(u32::MAX);
-                let head = job.head(operation, part, extra_bytes);
-                ask(
-                    connection.stream()?,
-                    &remote.endpoint,
-                    &head,
-                    &part.slices,
-                    &extra,
-                    shared.config.ucx.spin,
-                )
-                .await
+            Err(Failure::Connection(_)) if connection.is_reused() && self.left > 0 => {
+                peer.forget_idle();
+                None
             }
-        };
-        let (status, answer) = match tried {
-            Ok(answered) => answered,
-            Err(Failure::Connection(_)) if connection.is_reused() && tries_left > 0 => {
-                job.peer.forget_idle();
-                continue;
-            }
-            Err(Failure::Connection(error)) => {
-                return Err(TransferError::ConnectionLost {
-                    endpoint: remote.endpoint.clone(),
-                    reason: error.to_string(),
-                });
-            }
-            Err(Failure::Final(error)) => return Err(error),
-        };
-        connection.give_back();
-        return match (link, status) {
-            (Some(_), Status::NoLink) => Ok(Answered::Broken("the peer has no such link".into())),
-            (Some(_), Status::NotMoved) => Ok(Answered::Broken("UCX failed at the peer".into())),
-            (Some(link), Status::Done) if job.operation == Operation::Read => {
-                Ok(match job.visit(link, &answer, part).await {
-                    Ok(()) => Answered::Done,
-                    Err(error) => Answered::Broken(error.to_string()),
-                })
-            }
-            (_, status) => done_or_refused(status, remote, &part.slices).map(|()| Answered::Done),
-        };
+            Err(Failure::Connection(error)) => Some(Err(TransferError::ConnectionLost {
+                endpoint: peer.endpoint.clone(),
+                reason: error.to_string(),
+            })),
+            Err(Failure::Final(error)) => Some(Err(error)),
+        }
     }
 }
 
@@ -282,7 +301,7 @@ async fn exchange(
     Ok(answer.status)
 }
 
-async fn receive_answer(
+pub(super) async fn receive_answer(
     stream: &TcpStream,
     head: &RequestHead,
     endpoint: &str,
@@ -301,7 +320,7 @@ async fn receive_answer(
     Ok(answer)
 }
 
-fn violation(endpoint: &str, reason: String) -> Failure {
+pub(super) fn violation(endpoint: &str, reason: String) -> Failure {
     Failure::Final(TransferError::Protocol {
         endpoint: endpoint.to_owned(),
         reason,
@@ -323,6 +342,7 @@ fn done_or_refused(status: Status, remote: &RemoteRegion, slices: &[Slice]) -> R
             endpoint,
             reason: "an answer about UCX to a request without it".into(),
         },
+        Status::Unserved => TransferError::Unserved { endpoint },
         Status::OutOfRange { slice } => {
             let slice = usize::try_from(slice).ok().and_then(|slice| slices.get(slice));
             match slice {

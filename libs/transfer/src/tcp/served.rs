@@ -56,7 +56,7 @@ impl Links {
         inner.by_id.clear();
     }
 
-    fn get(&self, id: u64) -> Option<Arc<Link>> {
+    pub(super) fn get(&self, id: u64) -> Option<Arc<Link>> {
         let link = self.inner().by_id.get(&id).cloned();
         link.filter(|link| link.is_alive())
     }

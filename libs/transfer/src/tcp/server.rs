@@ -16,7 +16,7 @@ use super::wire::{
     AnswerHead, EXTRA_BYTES_MAX, Operation, REQUEST_HEAD_BYTES, RequestHead, SLICES_MAX, Status,
     TABLE_ENTRY_BYTES, WireError,
 };
-use super::{Shared, messages, served};
+use super::{Shared, called, messages, served};
 use crate::cursor::Cursor;
 use crate::region::{Grant, Refused};
 
@@ -28,7 +28,7 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// Why a connection was cut.
 #[derive(Debug, thiserror::Error)]
-enum ServeError {
+pub(super) enum ServeError {
     #[error("protocol violation: {0}")]
     Violation(#[from] WireError),
     #[error("the connection broke in the middle of a request: {0}")]
@@ -158,6 +158,12 @@ async fn serve_request(
             link = Some(introduced.link).filter(|link| *link != 0);
             (Status::Done, introduced.encode_to_vec())
         }
+        Operation::Call => {
+            let question = messages::read(extra)?;
+            let status = called::serve_call(shared, connection, head, question, scratch).await?;
+            count(shared, head, status);
+            return Ok(None);
+        }
         Operation::Admit => served::admit(shared, head, &slices, &messages::read(extra)?),
         Operation::Fetch => {
             let gone = || stream::is_stale(connection);
@@ -258,12 +264,17 @@ pub(super) fn admit(
     Ok(grant)
 }
 
-fn answer(head: &RequestHead, status: Status, payload_bytes: u64) -> [u8; super::wire::ANSWER_HEAD_BYTES] {
+pub(super) fn answer(
+    head: &RequestHead,
+    status: Status,
+    payload_bytes: u64,
+) -> [u8; super::wire::ANSWER_HEAD_BYTES] {
     let id = head.id;
     AnswerHead {
         status,
         id,
         payload_bytes,
+        message_bytes: 0,
     }
     .encode()
 }
@@ -273,7 +284,8 @@ fn count(shared: &Shared, head: &RequestHead, status: Status) {
     let refused = match status {
         Status::Done => {
             match head.operation {
-                Operation::Introduce => {}
+                // Calls count their bytes themselves.
+                Operation::Introduce | Operation::Call => {}
                 Operation::Write => stats.received_bytes.add(bytes),
                 Operation::Read => stats.served_bytes.add(bytes),
                 Operation::Fetch => {
@@ -291,7 +303,7 @@ fn count(shared: &Shared, head: &RequestHead, status: Status) {
         Status::Denied => ErrorCode::Denied,
         Status::StaleEpoch { .. } => ErrorCode::Fenced,
         Status::OutOfRange { .. } => ErrorCode::Invalid,
-        Status::NoLink | Status::NotMoved => ErrorCode::Unavailable,
+        Status::NoLink | Status::NotMoved | Status::Unserved => ErrorCode::Unavailable,
     };
     stats.serve_failed(refused);
 }

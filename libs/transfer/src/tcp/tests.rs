@@ -403,6 +403,7 @@ async fn a_request_is_repeated_once_when_a_used_connection_breaks_under_it() {
             status,
             id,
             payload_bytes,
+            message_bytes: 0,
         };
         stream.write_all(&answer.encode()).await.unwrap();
     };
@@ -520,6 +521,7 @@ async fn answers_that_are_not_the_protocol_are_typed_errors() {
             status,
             id,
             payload_bytes,
+            message_bytes: 0,
         }
         .encode()
     };

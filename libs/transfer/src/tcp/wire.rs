@@ -26,9 +26,9 @@ pub(crate) enum WireError {
     Kind(u8),
     #[error("reserved bytes are not zero")]
     Reserved,
-    #[error("{0} slices, not 1 to {SLICES_MAX}")]
+    #[error("{0} slices, more than {SLICES_MAX} or not those of the operation")]
     Slices(u32),
-    #[error("{0} payload bytes, not 1 to {PAYLOAD_BYTES_MAX}")]
+    #[error("{0} payload bytes, more than {PAYLOAD_BYTES_MAX} or not those of the operation")]
     Payload(u64),
     #[error("an empty slice, or slices that do not add up to the payload")]
     Table,
@@ -51,10 +51,19 @@ pub(crate) enum Operation {
     Fetch,
     /// Let me read bytes of your memory, through UCX.
     Admit,
+    /// Answer this; bytes come with it or with the answer.
+    Call,
 }
 
 impl Operation {
-    const ALL: [Self; 5] = [Self::Write, Self::Read, Self::Introduce, Self::Fetch, Self::Admit];
+    const ALL: [Self; 6] = [
+        Self::Write,
+        Self::Read,
+        Self::Introduce,
+        Self::Fetch,
+        Self::Admit,
+        Self::Call,
+    ];
 
     fn number(self) -> u8 {
         match self {
@@ -63,27 +72,42 @@ impl Operation {
             Self::Introduce => 3,
             Self::Fetch => 4,
             Self::Admit => 5,
+            Self::Call => 6,
         }
     }
 
-    /// Whether it names slices, and so moves bytes.
-    fn moves(self) -> bool {
-        self != Self::Introduce
+    /// Whether it names slices of memory.
+    fn has_slices(self) -> bool {
+        match self {
+            Self::Write | Self::Read | Self::Fetch | Self::Admit => true,
+            Self::Introduce | Self::Call => false,
+        }
+    }
+
+    /// Whether it may say so many bytes of payload.
+    fn allows(self, payload_bytes: u64) -> bool {
+        match self {
+            Self::Introduce => payload_bytes == 0,
+            Self::Call => payload_bytes <= PAYLOAD_BYTES_MAX,
+            Self::Write | Self::Read | Self::Fetch | Self::Admit => {
+                (1..=PAYLOAD_BYTES_MAX).contains(&payload_bytes)
+            }
+        }
     }
 
     /// Whether something follows the table.
     fn has_extra(self) -> bool {
         match self {
             Self::Write | Self::Read => false,
-            Self::Introduce | Self::Fetch | Self::Admit => true,
+            Self::Introduce | Self::Fetch | Self::Admit | Self::Call => true,
         }
     }
 
     pub(crate) fn direction(self) -> Direction {
         match self {
             Self::Write | Self::Fetch => Direction::Write,
-            // An introduction touches no memory.
-            Self::Read | Self::Admit | Self::Introduce => Direction::Read,
+            // An introduction touches no memory, and a call none that is granted.
+            Self::Read | Self::Admit | Self::Introduce | Self::Call => Direction::Read,
         }
     }
 }
@@ -115,13 +139,18 @@ pub(crate) enum Status {
     NoLink,
     /// UCX could not do it, and no byte of it is on its way.
     NotMoved,
+    /// Nobody answers calls here.
+    Unserved,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct AnswerHead {
     pub(crate) status: Status,
     pub(crate) id: u64,
+    /// Bytes that follow.
     pub(crate) payload_bytes: u64,
+    /// Of a call that is done: how many of them, from the first one on, are its message.
+    pub(crate) message_bytes: u64,
 }
 
 impl RequestHead {
@@ -160,10 +189,10 @@ impl RequestHead {
             slices: u64_at(bytes, 40) as u32,
             extra_bytes: (u64_at(bytes, 40) >> 32) as u32,
         };
-        if (head.slices != 0) != operation.moves() || head.slices as usize > SLICES_MAX {
+        if (head.slices != 0) != operation.has_slices() || head.slices as usize > SLICES_MAX {
             return Err(WireError::Slices(head.slices));
         }
-        if (head.payload_bytes != 0) != operation.moves() || head.payload_bytes > PAYLOAD_BYTES_MAX {
+        if !operation.allows(head.payload_bytes) {
             return Err(WireError::Payload(head.payload_bytes));
         }
         if (head.extra_bytes != 0) != operation.has_extra() || head.extra_bytes as usize > EXTRA_BYTES_MAX {
@@ -178,6 +207,9 @@ impl RequestHead {
 
     /// The slice table as offsets and lengths.
     pub(crate) fn decode_table(&self, bytes: &[u8]) -> Result<Vec<(u64, u64)>, WireError> {
+        if !self.operation.has_slices() {
+            return Ok(Vec::new());
+        }
         let mut sum = 0_u64;
         let (entries, _) = bytes.as_chunks::<TABLE_ENTRY_BYTES>();
         let slices = entries.iter().map(|entry| {
@@ -200,13 +232,14 @@ impl RequestHead {
 impl AnswerHead {
     pub(crate) fn encode(&self) -> [u8; ANSWER_HEAD_BYTES] {
         let (kind, detail) = match self.status {
-            Status::Done => (0, 0),
+            Status::Done => (0, self.message_bytes),
             Status::UnknownKey => (1, 0),
             Status::Denied => (2, 0),
             Status::StaleEpoch { current } => (3, current),
             Status::OutOfRange { slice } => (4, slice),
             Status::NoLink => (5, 0),
             Status::NotMoved => (6, 0),
+            Status::Unserved => (7, 0),
         };
         let mut bytes = [0; ANSWER_HEAD_BYTES];
         bytes[..4].copy_from_slice(&MAGIC);
@@ -228,12 +261,14 @@ impl AnswerHead {
             4 => Status::OutOfRange { slice: detail },
             5 => Status::NoLink,
             6 => Status::NotMoved,
+            7 => Status::Unserved,
             other => return Err(WireError::Kind(other)),
         };
         Ok(Self {
             status,
             id: u64_at(bytes, 8),
             payload_bytes: u64_at(bytes, 16),
+            message_bytes: if status == Status::Done { detail } else { 0 },
         })
     }
 }

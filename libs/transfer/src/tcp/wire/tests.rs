@@ -16,8 +16,12 @@ fn head() -> impl Strategy<Value = RequestHead> {
             id,
             epoch,
             key,
-            payload_bytes: if operation.moves() { payload_bytes } else { 0 },
-            slices: if operation.moves() { slices } else { 0 },
+            payload_bytes: if operation.allows(payload_bytes) {
+                payload_bytes
+            } else {
+                0
+            },
+            slices: if operation.has_slices() { slices } else { 0 },
             extra_bytes: if operation.has_extra() { extra_bytes } else { 0 },
         },
     )
@@ -32,6 +36,7 @@ fn status() -> impl Strategy<Value = Status> {
         any::<u64>().prop_map(|slice| Status::OutOfRange { slice }),
         Just(Status::NoLink),
         Just(Status::NotMoved),
+        Just(Status::Unserved),
     ]
 }
 
@@ -43,8 +48,9 @@ proptest! {
     }
 
     #[test]
-    fn an_answer_head_survives_the_wire(status in status(), id: u64, payload_bytes: u64) {
-        let head = AnswerHead { status, id, payload_bytes };
+    fn an_answer_head_survives_the_wire(status in status(), id: u64, payload_bytes: u64, message_bytes: u64) {
+        let message_bytes = if status == Status::Done { message_bytes } else { 0 };
+        let head = AnswerHead { status, id, payload_bytes, message_bytes };
         prop_assert_eq!(AnswerHead::decode(&head.encode()), Ok(head));
     }
 
@@ -162,6 +168,7 @@ fn the_bytes_are_as_specified() {
         status: Status::StaleEpoch { current: 9 },
         id: 3,
         payload_bytes: 0,
+        message_bytes: 0,
     };
     assert_eq!(
         answer.encode(),
