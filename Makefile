@@ -10,7 +10,7 @@ USES_UCX := package(transfer) | package(ucx-sys) | binary(conversation) | binary
 
 export PERIGEE_MODEL ?= $(CURDIR)/$(MODEL)
 
-.PHONY: demo test bench bench-transfer lint format build setup setup-test clean help
+.PHONY: demo test bench bench-transfer bench-store lint format build setup setup-test clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,9 @@ bench: $(MODEL) ## Measure the engine and the layer push, beside llama.cpp; writ
 
 bench-transfer: setup ## Measure transfers beside bare TCP, ucx_perftest and Mooncake; writes docs/performance.md
 	python3 scripts/bench_transfer.py $(BENCH)
+
+bench-store: setup ## Measure a store node beside Mooncake Store; writes docs/performance.md
+	python3 scripts/bench_store.py $(BENCH)
 
 lint: setup ## Formatting, clippy, documentation, dependency rules
 	$(CARGO) fmt --all --check

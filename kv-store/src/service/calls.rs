@@ -130,7 +130,8 @@ struct Landing {
 impl Landing {
     async fn landed(self) -> Result<Vec<u8>, Error> {
         let blocks = Arc::into_inner(self.blocks);
-        let blocks = blocks.ok_or_else(|| Error::new(ErrorCode::Internal, "the blocks are still being written"))?;
+        let blocks =
+            blocks.ok_or_else(|| Error::new(ErrorCode::Internal, "the blocks are still being written"))?;
         let held_blocks = blocks.len();
         let checksums: Vec<_> = self.checksums.into_iter().map(Checksum).collect();
         let promised = self.hashes.iter().copied().zip(checksums);
@@ -151,7 +152,8 @@ impl Store {
     fn pin_parent(&self, parent: BlockHash) -> Result<Vec<BlockPin>, Error> {
         let pins = self.pin_held(&[parent]);
         if pins.is_empty() {
-            let message = format!("parent {parent} is neither held by this node nor the root of a space it serves");
+            let message =
+                format!("parent {parent} is neither held by this node nor the root of a space it serves");
             return Err(Error::new(ErrorCode::NotFound, message));
         }
         Ok(pins)

@@ -110,7 +110,10 @@ impl Puts {
             ));
         }
         let checksums = checksums.iter().copied().map(Checksum);
-        let written: Vec<_> = blocks.into_iter().zip(hashes.into_iter().zip(checksums)).collect();
+        let written: Vec<_> = blocks
+            .into_iter()
+            .zip(hashes.into_iter().zip(checksums))
+            .collect();
         for (block, (hash, checksum)) in &written {
             store.verify(block, *hash, *checksum)?;
             // Hashing one block is short, hashing all of them is not.

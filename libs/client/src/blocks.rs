@@ -382,8 +382,10 @@ impl Buffer {
     pub fn fill(&self, block: usize, bytes: &[u8]) -> Result<(), Error> {
         self.check(block, 1, (bytes.len() as u64).max(self.inner.block_bytes))?;
         let offset = block * self.inner.block_bytes as usize;
-        Ok(transfer::memory::copy_in(self.inner.memory.as_ref(), offset, bytes)
-            .map_err(transfer::TransferError::from)?)
+        Ok(
+            transfer::memory::copy_in(self.inner.memory.as_ref(), offset, bytes)
+                .map_err(transfer::TransferError::from)?,
+        )
     }
 
     /// The bytes of a block.

@@ -125,10 +125,7 @@ fn put(parent: BlockHash, hashes: &[BlockHash], checksums: Vec<Checksum>) -> v1:
 }
 
 fn chain(called: &Called, seed: u32, blocks: usize) -> (BlockHash, Vec<BlockHash>) {
-    called
-        .peer
-        .store
-        .chain("", &tokens(seed, blocks * BLOCK_TOKENS))
+    called.peer.store.chain("", &tokens(seed, blocks * BLOCK_TOKENS))
 }
 
 #[tokio::test]
@@ -147,7 +144,11 @@ async fn what_was_put_exists_and_comes_back() {
         }
     }
     assert_eq!(called.put(root, &hashes).await, Ok(5), "the rest is added");
-    assert_eq!(called.put(hashes[3], &hashes[4..]).await, Ok(1), "it is held already");
+    assert_eq!(
+        called.put(hashes[3], &hashes[4..]).await,
+        Ok(1),
+        "it is held already"
+    );
     assert_eq!(called.get(&hashes[2..]).await.len(), 3);
     let stats = called.peer.store.stats();
     assert_eq!(
@@ -167,7 +168,11 @@ async fn bytes_that_are_not_what_was_promised_are_not_published() {
     let error = called.put_bytes(put(root, &hashes, checksums), &bytes).await;
     assert_eq!(error.unwrap_err().code, ErrorCode::Corrupt);
     let stats = called.peer.store.stats();
-    assert_eq!((stats.blocks.free, stats.corruptions), (16, 1), "nor the one before it");
+    assert_eq!(
+        (stats.blocks.free, stats.corruptions),
+        (16, 1),
+        "nor the one before it"
+    );
     called.peer.stop().await;
 }
 
@@ -180,7 +185,11 @@ async fn a_full_pool_takes_as_much_as_it_can() {
     assert_eq!(called.get(&hashes).await.len(), 3);
     drop(kept);
     let (root, others) = chain(&called, 2, 4);
-    assert_eq!(called.put(root, &others).await, Ok(4), "what nobody uses gives way");
+    assert_eq!(
+        called.put(root, &others).await,
+        Ok(4),
+        "what nobody uses gives way"
+    );
     assert_eq!(called.get(&hashes).await.len(), 0);
     called.peer.stop().await;
 }
@@ -263,7 +272,10 @@ async fn a_tenants_first_block_has_a_parent_where_the_tenant_was_never_seen() {
 #[tokio::test]
 async fn a_call_that_makes_no_sense_is_refused(#[case] call: v1::StoreCall, #[case] code: ErrorCode) {
     let called = Called::new(4).await;
-    let error = called.send(call.encode_to_vec(), Payload::None).await.unwrap_err();
+    let error = called
+        .send(call.encode_to_vec(), Payload::None)
+        .await
+        .unwrap_err();
     assert_eq!(error.code, code, "{error}");
     let error = called.send(vec![0xff; 9], Payload::None).await.unwrap_err();
     assert_eq!(error.code, ErrorCode::Invalid, "bytes that are no message");
