@@ -162,6 +162,8 @@ pub(crate) fn may_still_land(error: &TransferError) -> bool {
         | TransferError::Timeout { .. }
         | TransferError::Ucx { .. }
         | TransferError::NoUcx { .. }
+        | TransferError::Unserved { .. }
+        | TransferError::TooLarge { .. }
         | TransferError::Protocol { .. }
         | TransferError::Closed => true,
     }

@@ -13,7 +13,7 @@ use engine::fixture::{TinyModel, write_tiny_gguf};
 use tests::cases::Random;
 use tests::{Cluster, PATIENCE, Process, client, heard, perigee, wait_for_status};
 use tokio::task::JoinSet;
-use transfer::{TcpTransport, Transport, tcp};
+use transfer::{TcpTransport, tcp};
 use types::{BlockHash, Epoch, Error, ErrorCode, NodeRecord, Token};
 
 const STORES: usize = 3;
