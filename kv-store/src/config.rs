@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::policy::Eviction;
+
 /// Bounds and times of a store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -29,6 +31,8 @@ pub struct Config {
     pub fetch_batch_bytes: u64,
     /// Longest wait for a peer's answer to `Acquire`.
     pub acquire_timeout: Duration,
+    /// Which block goes when memory is short.
+    pub eviction: Eviction,
 }
 
 impl Default for Config {
@@ -58,6 +62,8 @@ impl Default for Config {
             fetch_batch_bytes: 16 << 20,
             // A peer that needs longer is no faster than computing.
             acquire_timeout: Duration::from_secs(2),
+            // What hits most on all traces we know: see docs/eviction.md.
+            eviction: Eviction::Returns,
         }
     }
 }

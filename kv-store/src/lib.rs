@@ -11,7 +11,7 @@
 //! - memory that a peer may write comes back through the transport's fence, never by a clock.
 //!
 //! Where things are, the pure modules first:
-//! - [`table`]: slots, hashes, pins, leases, eviction; [`expiring`]: promises that end by themselves;
+//! - [`table`]: slots, hashes, pins, leases; [`policy`]: what is evicted; [`replay`]: how well; [`expiring`]: promises that end by themselves;
 //! - [`log`] and [`follower`]: the numbered log and its reader's side;
 //! - [`store`]: the table and the bytes behind one handle, with guards; [`sequence`]: the blocks of one sequence;
 //! - [`service`]: what peers may ask; [`fetch`]: asking peers;
@@ -22,12 +22,15 @@
 //! Elsewhere: moving bytes (`transfer`), what the bytes mean (`engine`), which peer to ask (`router`).
 
 pub mod config;
+mod digest;
 pub mod expiring;
 pub mod fetch;
 pub mod follower;
 pub mod log;
 mod metrics;
+pub mod policy;
 pub mod probe;
+pub mod replay;
 mod roots;
 pub mod sequence;
 pub mod service;
@@ -39,10 +42,11 @@ pub mod transfers;
 pub use config::Config;
 pub use fetch::{Fetch, FetchOutcome, Source, fetch_prefix};
 pub use follower::Follower;
+pub use policy::Eviction;
 pub use sequence::SequenceBlocks;
 pub use service::Service;
 pub use store::{BlockPin, Corrupt, Grant, OwnedBlock, Stats, Store, StoreError};
-pub use table::OutOfBlocks;
+pub use table::{OutOfBlocks, Victim};
 
 #[cfg(test)]
 mod testing;

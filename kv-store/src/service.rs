@@ -19,7 +19,7 @@ use transfer::{Calls, RemoteRegion};
 use types::{BlockHash, Error, ErrorCode, LeaseId};
 
 use crate::expiring::Full;
-use crate::store::Store;
+use crate::store::{self, Store};
 
 mod calls;
 mod put;
@@ -121,7 +121,7 @@ impl Service {
         let hashes = self.read_hashes(&request.hashes)?;
         let config = self.store.config();
         let expires = expiry(request.lease_ttl_ms, config.lease_ttl_max)?;
-        let leased = self.store.with_table(|table| table.lease(&hashes, expires));
+        let leased = self.store.with_table(|table| table.lease(&hashes, expires, store::now()));
         let leased = leased.map_err(|full| too_many("leases", full, config.expiry_interval))?;
         let (lease, blocks) = leased.unwrap_or_default();
         self.store.count_match(hashes.len(), blocks.len());
@@ -177,7 +177,7 @@ impl KvStore for Service {
         request: Request<v1::ReleaseRequest>,
     ) -> Result<Response<v1::ReleaseResponse>, Status> {
         let lease = LeaseId(request.get_ref().lease_id);
-        let held = self.store.with_table(|table| table.release(lease));
+        let held = self.store.with_table(|table| table.release(lease, store::now()));
         answer(Ok(v1::ReleaseResponse { held }))
     }
 

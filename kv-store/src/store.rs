@@ -12,6 +12,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 use tokio::sync::{Semaphore, watch};
 use transfer::{RegionId, RemoteRegion, TransferError, Transport};
@@ -194,6 +195,7 @@ impl Store {
             leases_max: config.leases_max,
             // Epochs are far apart, so no incarnation gets to the lease ids of the next one.
             first_lease: epoch.0,
+            eviction: config.eviction,
         });
         let metrics = Metrics::register(metrics);
         metrics.set_counts(table.counts());
@@ -298,7 +300,7 @@ impl Store {
 
     /// As [`Store::match_prefix`], but counts nothing: for whoever asks again.
     pub(crate) fn pin_held(&self, hashes: &[BlockHash]) -> Vec<BlockPin> {
-        let held = self.with_table(|table| table.match_prefix(hashes));
+        let held = self.with_table(|table| table.match_prefix(hashes, now()));
         held.into_iter()
             .map(|descriptor| BlockPin::cached(self.clone(), descriptor))
             .collect()
@@ -309,11 +311,9 @@ impl Store {
         self.table().match_len(chain)
     }
 
-    /// Which of these blocks are held now, wherever they are in their chains. They may be evicted at any time.
+    /// Whether each block is held now. They may be evicted at any time.
     pub fn exists(&self, hashes: &[BlockHash]) -> Vec<bool> {
-        let table = self.table();
-        let held = |hash: &BlockHash| table.match_len(std::slice::from_ref(hash)) == 1;
-        hashes.iter().map(held).collect()
+        self.table().exists(hashes)
     }
 
     /// Blocks that [`Store::allocate`] could give now.
@@ -321,10 +321,10 @@ impl Store {
         self.table().available()
     }
 
-    /// Takes `count` blocks for writing, or none; their bytes are what was there before. Evicts the least recently
-    /// used blocks that nobody pins.
+    /// Takes `count` blocks for writing, or none; their bytes are what was there before. Evicts blocks that
+    /// nobody pins where too few are free.
     pub fn allocate(&self, count: usize) -> Result<Vec<OwnedBlock>, OutOfBlocks> {
-        let blocks = self.with_table(|table| table.allocate(count))?;
+        let blocks = self.with_table(|table| table.allocate(count, now()))?;
         Ok(blocks
             .into_iter()
             .map(|block| OwnedBlock::new(self.clone(), block))
@@ -333,7 +333,7 @@ impl Store {
 
     /// Takes as many blocks as there are, up to `count`.
     pub(crate) fn allocate_up_to(&self, count: usize) -> Vec<OwnedBlock> {
-        let blocks = self.with_table(|table| table.allocate(count.min(table.available())));
+        let blocks = self.with_table(|table| table.allocate(count.min(table.available()), now()));
         let blocks = blocks.expect("what is available can be allocated");
         blocks
             .into_iter()
@@ -345,7 +345,7 @@ impl Store {
     pub(crate) fn allocate_sparing(&self, count: usize, evictions_max: usize) -> Vec<OwnedBlock> {
         let blocks = self.with_table(|table| {
             let spare = table.counts().free.saturating_add(evictions_max);
-            table.allocate(count.min(spare).min(table.available()))
+            table.allocate(count.min(spare).min(table.available()), now())
         });
         let blocks = blocks.expect("what is available can be allocated");
         blocks
@@ -506,7 +506,7 @@ impl Store {
         } else {
             Parent::Block(parent)
         };
-        match self.with_table(|table| table.commit(block.block(), parent, hash, checksum)) {
+        match self.with_table(|table| table.commit(block.block(), parent, hash, checksum, now())) {
             Committed::Stored(descriptor) => {
                 block.give_up();
                 (BlockPin::cached(self.clone(), descriptor), None)
@@ -534,6 +534,11 @@ impl Store {
             .lock()
             .expect("nothing panics while it looks up a root")
     }
+}
+
+/// The table's clock, which tests may pause.
+pub(crate) fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
 }
 
 #[cfg(test)]

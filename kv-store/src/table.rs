@@ -12,17 +12,19 @@
 //! Misuse by a caller (unpinning what is not pinned, freeing what it does not own) is a defect that would lead
 //! to shared memory being overwritten, so it panics.
 //!
-//! Elsewhere: guards that make misuse impossible (`store.rs`), remote writers (`put.rs`), bytes (`transfer`).
+//! Elsewhere: which leaf is evicted (`policy.rs`), guards that make misuse impossible (`store.rs`), remote writers (`put.rs`), bytes (`transfer`).
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::time::Instant;
 
 use types::{
     BlockDescriptor, BlockEvent, BlockHash, BlockId, Checksum, ErrorCode, Generation, LeaseId, Tier,
 };
 
+use crate::digest::DigestBuild;
 use crate::expiring::{Expiring, Full};
 use crate::log::{Log, Snapshot, SnapshotBlock};
+use crate::policy::{Eviction, Policy, Stored};
 
 mod integrity;
 
@@ -35,11 +37,9 @@ pub struct BlockTable {
     slots: Vec<Slot>,
     /// Taken from the end, so that memory which is warm is used again first.
     free: Vec<BlockId>,
-    by_hash: HashMap<BlockHash, BlockId>,
-    /// Cached blocks without pins and without children, least recently used first.
-    evictable: BTreeSet<(u64, BlockId)>,
-    /// Counts uses; a block's `last_use` is a moment on this clock.
-    clock: u64,
+    by_hash: HashMap<BlockHash, BlockId, DigestBuild>,
+    /// Chooses among cached blocks without pins and without children.
+    policy: Box<dyn Policy>,
     owned: usize,
     pinned: usize,
     /// Cached blocks that neither are pinned nor have a pinned descendant: all of them could be evicted.
@@ -60,6 +60,8 @@ pub struct TableLimits {
     pub leases_max: usize,
     /// Where lease ids start: see [`Expiring::new`].
     pub first_lease: u64,
+    /// Which block goes when memory is short.
+    pub eviction: Eviction,
 }
 
 /// Slots by what they are used for.
@@ -99,6 +101,19 @@ pub enum Parent {
     Root(BlockHash),
     /// The block with this hash.
     Block(BlockHash),
+}
+
+/// A block that eviction would take.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Victim {
+    /// Its identity.
+    pub hash: BlockHash,
+    /// The block before it, or its root.
+    pub parent: BlockHash,
+    /// Its slot.
+    pub block: BlockId,
+    /// What keeping it is worth; higher is better.
+    pub worth: f32,
 }
 
 /// The pool cannot give so many blocks, whatever is evicted.
@@ -151,11 +166,12 @@ struct Cached {
     /// `None` where the parent is a root.
     parent: Option<BlockId>,
     /// Cached blocks whose parent this is.
-    children: usize,
-    pins: usize,
+    children: u32,
+    pins: u32,
     /// Children that are held. A block is held if it is pinned or has a held child.
-    held_children: usize,
-    last_use: u64,
+    held_children: u32,
+    /// Blocks before it.
+    depth: u32,
     /// Number of the log entry that announced it. Parents have lower ones than their children.
     stored_at: u64,
 }
@@ -178,6 +194,7 @@ impl BlockTable {
             log_entries_max,
             leases_max,
             first_lease,
+            eviction,
         } = limits;
         let ids = (0..u32::try_from(capacity).expect("a pool has at most 2^32 blocks")).map(BlockId);
         Self {
@@ -189,9 +206,8 @@ impl BlockTable {
                 })
                 .collect(),
             free: ids.rev().collect(),
-            by_hash: HashMap::new(),
-            evictable: BTreeSet::new(),
-            clock: 0,
+            by_hash: HashMap::default(),
+            policy: eviction.policy(capacity),
             owned: 0,
             pinned: 0,
             reclaimable: 0,
@@ -217,6 +233,32 @@ impl BlockTable {
     /// Blocks that [`BlockTable::allocate`] can give now.
     pub fn available(&self) -> usize {
         self.free.len() + self.reclaimable
+    }
+
+    /// The next `count` blocks that eviction would take of those that are evictable now, in that order.
+    pub fn coldest(&self, count: usize, now: Instant) -> Vec<Victim> {
+        let blocks = self.policy.coldest(count, now);
+        let victim = |block| {
+            let cached = self.cached(block);
+            Victim {
+                hash: cached.hash,
+                parent: cached.parent_hash,
+                block,
+                worth: self.policy.worth(block, now),
+            }
+        };
+        blocks.into_iter().map(victim).collect()
+    }
+
+    /// What keeping a block is worth, if it is held: higher is better. Comparable between nodes of the same policy.
+    pub fn worth(&self, hash: BlockHash, now: Instant) -> Option<f32> {
+        let block = self.by_hash.get(&hash)?;
+        Some(self.policy.worth(*block, now))
+    }
+
+    /// Whether each block is held. Neither pins nor touches them.
+    pub fn exists(&self, hashes: &[BlockHash]) -> Vec<bool> {
+        hashes.iter().map(|hash| self.by_hash.contains_key(hash)).collect()
     }
 
     /// Blocks evicted so far.
@@ -252,7 +294,7 @@ impl BlockTable {
     }
 
     /// Pins the longest leading run of held blocks, and marks it as used.
-    pub fn match_prefix(&mut self, hashes: &[BlockHash]) -> Vec<BlockDescriptor> {
+    pub fn match_prefix(&mut self, hashes: &[BlockHash], now: Instant) -> Vec<BlockDescriptor> {
         let held: Vec<BlockId> = hashes
             .iter()
             .map_while(|hash| self.by_hash.get(hash).copied())
@@ -260,12 +302,13 @@ impl BlockTable {
         for block in &held {
             self.pin(*block);
         }
+        self.policy.used(&held, now);
         held.into_iter().map(|block| self.describe(block)).collect()
     }
 
-    /// Hands out `count` slots for writing, or none. Evicts the least recently used leaves where too few are
-    /// free. Every slot's generation is a new one.
-    pub fn allocate(&mut self, count: usize) -> Result<Vec<BlockId>, OutOfBlocks> {
+    /// Hands out `count` slots for writing, or none. Where too few are free, evicts the leaves that the
+    /// policy chooses. Every slot's generation is a new one.
+    pub fn allocate(&mut self, count: usize, now: Instant) -> Result<Vec<BlockId>, OutOfBlocks> {
         if count > self.available() {
             return Err(OutOfBlocks {
                 needed: count,
@@ -274,7 +317,7 @@ impl BlockTable {
             });
         }
         while self.free.len() < count {
-            self.evict_one();
+            self.evict_one(now);
         }
         let blocks = self.free.split_off(self.free.len() - count);
         for block in &blocks {
@@ -301,10 +344,12 @@ impl BlockTable {
         parent: Parent,
         hash: BlockHash,
         checksum: Checksum,
+        now: Instant,
     ) -> Committed {
         self.assert_owned(block);
         if let Some(existing) = self.by_hash.get(&hash).copied() {
             self.pin(existing);
+            self.policy.used(&[existing], now);
             return Committed::Duplicate(self.describe(existing));
         }
         let (parent_hash, parent) = match parent {
@@ -314,13 +359,14 @@ impl BlockTable {
                 None => return Committed::Orphan,
             },
         };
+        let mut depth = 0;
         if let Some(parent) = parent {
             let cached = self.cached_mut(parent);
-            let key = (cached.last_use, parent);
             let was_evictable = cached.is_evictable();
             cached.children += 1;
+            depth = cached.depth + 1;
             if was_evictable {
-                self.evictable.remove(&key);
+                self.policy.unevictable(parent);
             }
         }
         let stored_at = self.log.append(BlockEvent::Stored {
@@ -334,36 +380,42 @@ impl BlockTable {
             parent_hash,
             parent,
             children: 0,
-            pins: 0,
+            pins: 1,
             held_children: 0,
-            last_use: 0,
+            depth,
             stored_at,
         });
         self.by_hash.insert(hash, block);
         self.owned -= 1;
-        self.reclaimable += 1;
-        // Establishes what `pin` expects of a block without pins.
-        self.evictable.insert((0, block));
-        self.pin(block);
+        self.pinned += 1;
+        if let Some(parent) = parent {
+            self.hold_from(parent);
+        }
+        self.policy.stored(
+            Stored {
+                block,
+                hash,
+                parent,
+                depth,
+            },
+            now,
+        );
         Committed::Stored(self.describe(block))
     }
 
     /// Ends one pin of a cached block.
-    pub fn unpin(&mut self, block: BlockId) {
-        self.clock += 1;
-        let now = self.clock;
+    pub fn unpin(&mut self, block: BlockId, now: Instant) {
         let cached = self.cached_mut(block);
         assert!(cached.pins > 0, "block {block} is not pinned");
         cached.pins -= 1;
         if cached.pins > 0 {
             return;
         }
-        // The end of a use is a use: what a long request held is as recent as its end.
-        cached.last_use = now;
         let (evictable, held) = (cached.is_evictable(), cached.is_held());
         self.pinned -= 1;
+        self.policy.unpinned(block, now);
         if evictable {
-            self.evictable.insert((now, block));
+            self.policy.evictable(block, now);
         }
         if !held {
             self.let_go(block);
@@ -375,9 +427,10 @@ impl BlockTable {
         &mut self,
         hashes: &[BlockHash],
         expires: Instant,
+        now: Instant,
     ) -> Result<Option<(LeaseId, Vec<BlockDescriptor>)>, Full> {
         self.leases.check_room()?;
-        let blocks = self.match_prefix(hashes);
+        let blocks = self.match_prefix(hashes, now);
         if blocks.is_empty() {
             return Ok(None);
         }
@@ -387,11 +440,11 @@ impl BlockTable {
     }
 
     /// Ends a lease. `false` if it had ended before.
-    pub fn release(&mut self, lease: LeaseId) -> bool {
+    pub fn release(&mut self, lease: LeaseId, now: Instant) -> bool {
         let Some(blocks) = self.leases.remove(lease.0) else {
             return false;
         };
-        self.unpin_all(&blocks);
+        self.unpin_all(&blocks, now);
         true
     }
 
@@ -399,7 +452,7 @@ impl BlockTable {
     pub fn expire_leases(&mut self, now: Instant) -> usize {
         let mut expired = 0;
         while let Some(blocks) = self.leases.expire(now) {
-            self.unpin_all(&blocks);
+            self.unpin_all(&blocks, now);
             expired += 1;
         }
         expired
@@ -410,48 +463,44 @@ impl BlockTable {
         self.slot(block).generation
     }
 
-    fn unpin_all(&mut self, blocks: &[BlockId]) {
+    fn unpin_all(&mut self, blocks: &[BlockId], now: Instant) {
         // Last block first: ancestors become the more recent ones, which is the order they are evicted in anyway.
         for block in blocks.iter().rev() {
-            self.unpin(*block);
+            self.unpin(*block, now);
         }
     }
 
     fn pin(&mut self, block: BlockId) {
-        self.clock += 1;
-        let now = self.clock;
         let cached = self.cached_mut(block);
-        let key = (cached.last_use, block);
         let (was_evictable, was_held) = (cached.is_evictable(), cached.is_held());
         cached.pins += 1;
-        cached.last_use = now;
         if cached.pins == 1 {
             self.pinned += 1;
         }
         if was_evictable {
-            self.evictable.remove(&key);
+            self.policy.unevictable(block);
         }
         if !was_held {
-            self.hold(block);
+            self.reclaimable -= 1;
+            if let Some(parent) = self.cached(block).parent {
+                self.hold_from(parent);
+            }
         }
     }
 
-    /// `block` has become held: so have the ancestors that were not. Amortised constant, since a chain is
+    /// A child of `parent` has become held: so have the ancestors that were not. Amortised constant, since a chain is
     /// pinned from its root on.
-    fn hold(&mut self, block: BlockId) {
-        let mut block = block;
-        loop {
-            self.reclaimable -= 1;
-            let Some(parent) = self.cached(block).parent else {
-                return;
-            };
-            let cached = self.cached_mut(parent);
+    fn hold_from(&mut self, parent: BlockId) {
+        let mut next = Some(parent);
+        while let Some(block) = next {
+            let cached = self.cached_mut(block);
             let was_held = cached.is_held();
             cached.held_children += 1;
+            next = cached.parent;
             if was_held {
                 return;
             }
-            block = parent;
+            self.reclaimable -= 1;
         }
     }
 
@@ -472,13 +521,15 @@ impl BlockTable {
         }
     }
 
-    fn evict_one(&mut self) {
-        let (_, block) = self
-            .evictable
-            .pop_first()
+    fn evict_one(&mut self, now: Instant) {
+        let block = self
+            .policy
+            .victim(now)
             .expect("where a block is reclaimable, one of its descendants is an evictable leaf");
         let cached = self.cached(block);
         let (hash, parent) = (cached.hash, cached.parent);
+        assert!(cached.is_evictable(), "the policy chose block {block}, which is in use");
+        self.policy.evicted(block, hash, now);
         self.by_hash.remove(&hash);
         self.slot_mut(block).state = SlotState::Free;
         self.free.push(block);
@@ -489,8 +540,7 @@ impl BlockTable {
             let cached = self.cached_mut(parent);
             cached.children -= 1;
             if cached.is_evictable() {
-                let key = (cached.last_use, parent);
-                self.evictable.insert(key);
+                self.policy.evictable(parent, now);
             }
         }
     }

@@ -267,6 +267,10 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
                 "acquire_timeout",
                 "Longest wait for a peer's answer to `Acquire`.",
             ),
+            (
+                "eviction",
+                "Which block goes when memory is short: `returns`, `lru`, `lfu` or `s3fifo`.",
+            ),
         ],
     ),
     (

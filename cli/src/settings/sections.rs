@@ -231,13 +231,16 @@ macro_rules! section {
     (@type time) => { Duration };
     (@type size) => { ByteSize };
     (@type bytes) => { ByteSize };
+    (@type policy) => { kv_store::Eviction };
     (@raw count, $value:expr) => { $value };
     (@raw time, $value:expr) => { Duration::from($value) };
     (@raw size, $value:expr) => { ByteSize($value) };
+    (@raw policy, $value:expr) => { $value };
     (@raw bytes, $value:expr) => { ByteSize($value as u64) };
     (@config count, $value:expr) => { $value };
     (@config time, $value:expr) => { $value.get() };
     (@config size, $value:expr) => { $value.0 };
+    (@config policy, $value:expr) => { $value };
     (@config bytes, $value:expr) => { usize::try_from($value.0).unwrap_or(usize::MAX) };
 }
 
@@ -295,5 +298,6 @@ section! {
         fetches_max: count,
         fetch_batch_bytes: size,
         acquire_timeout: time,
+        eviction: policy,
     }
 }

@@ -108,7 +108,7 @@ impl BlockPin {
 impl Drop for BlockPin {
     fn drop(&mut self) {
         match &self.hold {
-            Hold::Cached(store) => store.with_table(|table| table.unpin(self.descriptor.block)),
+            Hold::Cached(store) => store.with_table(|table| table.unpin(self.descriptor.block, super::now())),
             Hold::Private(_) => {}
         }
     }

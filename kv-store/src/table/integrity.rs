@@ -1,6 +1,7 @@
 //! Proof that what the table keeps incrementally is what a look at all slots gives.
 
 use std::collections::{BTreeSet, HashMap};
+use std::time::Instant;
 
 use types::BlockId;
 
@@ -35,13 +36,15 @@ impl BlockTable {
         for (block, one) in &cached {
             assert_eq!(self.by_hash.get(&one.hash), Some(block));
             let children = || cached.values().filter(|child| child.parent == Some(*block));
-            assert_eq!(one.children, children().count());
+            assert_eq!(one.children as usize, children().count());
             assert_eq!(
-                one.held_children,
+                one.held_children as usize,
                 children().filter(|child| child.is_held()).count()
             );
-            let listed = self.evictable.contains(&(one.last_use, *block));
+            let listed = self.policy.is_evictable(*block);
             assert_eq!(listed, one.is_evictable(), "block {block}");
+            let above = one.parent.and_then(|parent| cached.get(&parent));
+            assert_eq!(one.depth, above.map_or(0, |above| above.depth + 1));
             if let Some(parent) = one.parent {
                 let parent = cached.get(&parent).expect("a cached block's parent is cached");
                 assert_eq!(parent.hash, one.parent_hash);
@@ -49,7 +52,9 @@ impl BlockTable {
             }
         }
         let evictable = cached.values().filter(|one| one.is_evictable()).count();
-        assert_eq!(self.evictable.len(), evictable);
+        let listed = self.policy.coldest(usize::MAX, Instant::now());
+        assert_eq!(listed.len(), evictable);
+        assert!(listed.iter().all(|block| cached[block].is_evictable()));
 
         self.leases.check_integrity();
         let mut leased: HashMap<BlockId, usize> = HashMap::new();
@@ -57,7 +62,7 @@ impl BlockTable {
             *leased.entry(*block).or_default() += 1;
         }
         for (block, pins) in leased {
-            assert!(cached.get(&block).is_some_and(|one| one.pins >= pins));
+            assert!(cached.get(&block).is_some_and(|one| one.pins as usize >= pins));
         }
     }
 }

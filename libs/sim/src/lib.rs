@@ -12,6 +12,7 @@ mod node;
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap};
 
+use kv_store::Eviction;
 use router::cost::{Priors, Rates};
 use router::index::PrefixIndex;
 use router::placement::{Explanation, KvShape, NoPlacement, Problem, Settings, place};
@@ -29,6 +30,8 @@ pub struct Cluster {
     pub decode_nodes: usize,
     /// Blocks of each node's pool.
     pub blocks_per_node: usize,
+    /// Which blocks a full pool drops.
+    pub eviction: Eviction,
     /// Longest sequence, in tokens.
     pub context_tokens_max: u64,
     /// How fast every node is. `decode_step_ms` is that of a batch of one.
@@ -224,7 +227,7 @@ impl Simulation<'_> {
         let arrival = &self.arrivals[request];
         for index in BTreeSet::from([prefill, decode]) {
             let node = &mut self.nodes[index];
-            for event in node.keep(&arrival.chain) {
+            for event in node.keep(&arrival.chain, now_ms) {
                 self.index.apply(&node.id, &event);
             }
         }

@@ -1,5 +1,7 @@
 //! A node of the simulated cluster: a pool with the real block table, and an engine that is busy until some moment.
 
+use std::time::{Duration, Instant};
+
 use kv_store::table::{BlockTable, Committed, Parent, TableLimits};
 use router::cost::Pressure;
 use router::placement::NodeView;
@@ -15,6 +17,8 @@ pub(crate) struct Node {
     pub(crate) id: NodeId,
     role: Role,
     table: BlockTable,
+    /// What the table takes for the start of the simulation; only differences to it matter.
+    begun: Instant,
     /// Log entries that were read.
     read: u64,
     busy_until_ms: f64,
@@ -30,11 +34,13 @@ impl Node {
             log_entries_max: LOG_ENTRIES_MAX,
             leases_max: 1,
             first_lease: 1,
+            eviction: cluster.eviction,
         };
         Self {
             id: NodeId::new(format!("{role}-{index}")),
             role,
             table: BlockTable::new(limits),
+            begun: Instant::now(),
             read: 0,
             busy_until_ms: 0.0,
             queue: Vec::new(),
@@ -85,21 +91,22 @@ impl Node {
     }
 
     /// Puts as many blocks of the chain into the pool as fit, and gives what the log says of it.
-    pub(crate) fn keep(&mut self, chain: &[BlockHash]) -> Vec<BlockEvent> {
+    pub(crate) fn keep(&mut self, chain: &[BlockHash], now_ms: f64) -> Vec<BlockEvent> {
+        let now = self.begun + Duration::from_secs_f64(now_ms / 1000.0);
         let mut pinned: Vec<_> = self
             .table
-            .match_prefix(chain)
+            .match_prefix(chain, now)
             .into_iter()
             .map(|block| block.block)
             .collect();
         for index in pinned.len()..chain.len() {
-            let Ok(blocks) = self.table.allocate(1) else { break };
+            let Ok(blocks) = self.table.allocate(1, now) else { break };
             let parent = match index.checked_sub(1) {
                 // The simulated blocks have no bytes; any hash that is no block's will do for the root.
                 None => Parent::Root(BlockHash::default()),
                 Some(before) => Parent::Block(chain[before]),
             };
-            match self.table.commit(blocks[0], parent, chain[index], Checksum(0)) {
+            match self.table.commit(blocks[0], parent, chain[index], Checksum(0), now) {
                 Committed::Stored(block) => pinned.push(block.block),
                 Committed::Duplicate(block) => {
                     self.table.free(blocks[0]);
@@ -111,8 +118,9 @@ impl Node {
                 }
             }
         }
-        for block in pinned {
-            self.table.unpin(block);
+        // The last block first, as a sequence ends.
+        for block in pinned.into_iter().rev() {
+            self.table.unpin(block, now);
         }
         self.events()
     }

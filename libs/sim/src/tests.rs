@@ -7,6 +7,7 @@ fn cluster() -> Cluster {
         prefill_nodes: 2,
         decode_nodes: 2,
         blocks_per_node: 4_000,
+        eviction: Eviction::default(),
         context_tokens_max: 32_768,
         rates: Rates {
             prefill_ms_per_token: 0.5,
