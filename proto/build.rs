@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use prost::Message;
 
-const FILES: [&str; 8] = [
+const FILES: [&str; 9] = [
+    "perigee/v1/cache.proto",
     "perigee/v1/common.proto",
     "perigee/v1/decode.proto",
     "perigee/v1/inference.proto",

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use node::config::{ByteSize, Duration};
 
+use crate::cache::CacheCommand;
 use crate::output::Format;
 use crate::pull::PullArgs;
 use crate::settings::Transport;
@@ -59,6 +60,9 @@ pub(crate) enum Command {
     /// How KV moves between nodes
     #[command(subcommand)]
     Transfer(TransferCommand),
+    /// The cached blocks of all nodes
+    #[command(subcommand)]
+    Cache(CacheCommand),
     /// Models on this machine
     #[command(subcommand)]
     Model(ModelCommand),

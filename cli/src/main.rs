@@ -4,6 +4,7 @@
 //! (`types::ErrorCode::exit`, after `sysexits.h`), or 10 where `perigee check` found something wrong.
 
 mod arguments;
+mod cache;
 mod chat;
 mod check;
 mod demo;
@@ -84,6 +85,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Check(flags) => block_on(check::run(flags, &router, output)),
         Command::Transfer(TransferCommand::List) => block_on(transfers::list(&router, output)),
         Command::Transfer(TransferCommand::Test(flags)) => block_on(transfers::test(flags, &router, output)),
+        Command::Cache(command) => block_on(cache::run(command, &router, output)),
         Command::Node(NodeCommand::List) => block_on(status::nodes(&router, output)),
         Command::Model(ModelCommand::Pull(flags)) => pull::pull(&flags, output),
         Command::Model(ModelCommand::List) => pull::list(output),

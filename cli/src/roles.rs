@@ -172,11 +172,12 @@ impl Process {
         }
     }
 
-    /// Serves `routes` of a role that has no HTTP of its own.
+    /// Serves `routes` of a role that has no HTTP of its own, until `end`.
     fn serve(
         &self,
         routes: Routes,
         listeners: Listeners,
+        end: CancellationToken,
     ) -> impl Future<Output = Result<(), Error>> + Send + 'static {
         let server = Server::new(
             &self.settings.node.serve(),
@@ -184,9 +185,8 @@ impl Process {
             self.metrics.clone(),
         )
         .grpc(routes);
-        let shutdown = self.shutdown.token();
         async move {
-            let served = server.run(listeners, shutdown).await;
+            let served = server.run(listeners, end).await;
             served.map_err(|error| Error::new(error.code(), error.to_string()))
         }
     }

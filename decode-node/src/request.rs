@@ -291,6 +291,7 @@ impl<'a> Running<'a> {
         let sources: Vec<Source> = sources.iter().map(Source::from).collect();
         let (root, chain) = store.chain(tenant, tokens);
         let fetch = Fetch {
+            purpose: kv_store::table::Purpose::Request,
             root,
             chain: &chain,
             from: 0,

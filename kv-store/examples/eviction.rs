@@ -47,9 +47,14 @@ fn table(name: &str, requests: &[Request]) -> Value {
 fn read(path: &str) -> Result<Vec<Request>> {
     let text = fs::read_to_string(path).with_context(|| format!("read {path}"))?;
     let request = |(number, line): (usize, &str)| {
-        let parsed: Value = serde_json::from_str(line).with_context(|| format!("{path}, line {}", number + 1))?;
-        let blocks = parsed["hash_ids"].as_array().context("a request without hash_ids")?;
-        let blocks = blocks.iter().map(|block| block.as_u64().context("a hash id that is no number"));
+        let parsed: Value =
+            serde_json::from_str(line).with_context(|| format!("{path}, line {}", number + 1))?;
+        let blocks = parsed["hash_ids"]
+            .as_array()
+            .context("a request without hash_ids")?;
+        let blocks = blocks
+            .iter()
+            .map(|block| block.as_u64().context("a hash id that is no number"));
         Ok(Request {
             at_ms: parsed["timestamp"].as_u64().unwrap_or(0),
             blocks: blocks.collect::<Result<_>>()?,

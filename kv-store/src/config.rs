@@ -33,6 +33,16 @@ pub struct Config {
     pub acquire_timeout: Duration,
     /// Which block goes when memory is short.
     pub eviction: Eviction,
+    /// Bytes per second that the node gives to peers instead of dropping them, and as many that it takes; 0 does neither.
+    pub cooperation_bytes_per_second: u64,
+    /// Longest wait for a peer that takes what it was offered.
+    pub offer_timeout: Duration,
+    /// Longest time for which a node that ends gives its blocks to its peers.
+    pub handover_timeout: Duration,
+    /// Prefixes that are pinned at a time. Together they hold at most half of the pool.
+    pub pins_max: usize,
+    /// Bytes per second that are verified in the background; 0 verifies none.
+    pub scrub_bytes_per_second: u64,
 }
 
 impl Default for Config {
@@ -64,6 +74,16 @@ impl Default for Config {
             acquire_timeout: Duration::from_secs(2),
             // What hits most on all traces we know: see docs/eviction.md.
             eviction: Eviction::Returns,
+            // A fifth of 10 Gbit/s: requests' own transfers keep the rest.
+            cooperation_bytes_per_second: 256 << 20,
+            // What one second brings is offered at a time; a peer that is slower than that is not worth waiting for.
+            offer_timeout: Duration::from_secs(2),
+            // Within the grace that supervisors give before they kill.
+            handover_timeout: Duration::from_secs(5),
+            // People pin system prompts and documents, by hand.
+            pins_max: 256,
+            // A pool of 64 GiB in about an hour, for less than 1 % of a core.
+            scrub_bytes_per_second: 16 << 20,
         }
     }
 }

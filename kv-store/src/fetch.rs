@@ -20,6 +20,7 @@ use transfer::{Keep, RemoteRegion, Slice, TransferBatch, TransferError};
 use types::{BlockHash, Checksum, Epoch, Error};
 
 use crate::store::{BlockPin, Corrupt, OwnedBlock, Store};
+use crate::table::Purpose;
 
 mod flights;
 
@@ -65,6 +66,8 @@ pub struct Fetch<'a> {
     pub from: usize,
     /// Peers to ask, best first.
     pub sources: &'a [Source],
+    /// Whether a request needs the blocks, or the peers give them away.
+    pub purpose: Purpose,
     /// When to stop, whatever has come.
     pub deadline: Instant,
 }
@@ -220,6 +223,7 @@ impl Attempt<'_> {
         let request = v1::AcquireRequest {
             kv_root: self.store.common_root().0.to_vec(),
             hashes: convert::hashes_to_wire(wanted),
+            moved: self.fetch.purpose == Purpose::Move,
             lease_ttl_ms: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX),
         };
         let until = self.deadline.min(now + self.store.config().acquire_timeout);

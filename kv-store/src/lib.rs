@@ -12,17 +12,23 @@
 //!
 //! Where things are, the pure modules first:
 //! - [`table`]: slots, hashes, pins, leases; [`policy`]: what is evicted; [`replay`]: how well; [`expiring`]: promises that end by themselves;
+//! - [`cooperate`]: which blocks go to a peer instead of being dropped;
 //! - [`log`] and [`follower`]: the numbered log and its reader's side;
 //! - [`store`]: the table and the bytes behind one handle, with guards; [`sequence`]: the blocks of one sequence;
 //! - [`service`]: what peers may ask; [`fetch`]: asking peers;
+//! - [`Cache`]: what peers and people may ask beside; [`Exchange`]: giving blocks to peers, in the background, together with the
+//!   verification of blocks (`scrub.rs`);
 //! - [`transfers`]: how bytes move, for people: a description, metrics, and tests through the real path; [`probe`]: what such
 //!   a test moves, and its figures;
 //! - [`store_node`]: what `perigee store` runs.
 //!
 //! Elsewhere: moving bytes (`transfer`), what the bytes mean (`engine`), which peer to ask (`router`).
 
+mod cache;
 pub mod config;
+pub mod cooperate;
 mod digest;
+mod exchange;
 pub mod expiring;
 pub mod fetch;
 pub mod follower;
@@ -32,6 +38,7 @@ pub mod policy;
 pub mod probe;
 pub mod replay;
 mod roots;
+mod scrub;
 pub mod sequence;
 pub mod service;
 pub mod store;
@@ -39,7 +46,9 @@ pub mod store_node;
 pub mod table;
 pub mod transfers;
 
+pub use cache::Cache;
 pub use config::Config;
+pub use exchange::Exchange;
 pub use fetch::{Fetch, FetchOutcome, Source, fetch_prefix};
 pub use follower::Follower;
 pub use policy::Eviction;

@@ -25,6 +25,18 @@ pub(crate) struct Metrics {
     pub(crate) leases_expired: Counter,
     pub(crate) reservations_expired: Counter,
     pub(crate) watch_snapshots: Counter,
+    pub(crate) quarantined: Gauge,
+    pub(crate) scrubbed_bytes: Counter,
+    pub(crate) offered_blocks: Counter,
+    pub(crate) given_blocks: Counter,
+    pub(crate) taken_blocks: Counter,
+    pub(crate) peer_failures: Counter,
+    dropped: Family<ReasonLabel, Counter>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -73,7 +85,39 @@ impl Metrics {
                 "perigee_kvstore_watch_snapshots",
                 "Snapshots of the log sent to watchers",
             ),
+            quarantined: metrics.register(
+                "perigee_kvstore_quarantined",
+                "1 if the node's memory changed blocks too often, so that it neither caches nor gives any",
+                Gauge::default(),
+            ),
+            scrubbed_bytes: count(
+                "perigee_kvstore_scrubbed_bytes",
+                "Bytes of cached blocks verified in the background",
+            ),
+            offered_blocks: count(
+                "perigee_kvstore_offered_blocks",
+                "Blocks offered to peers instead of being dropped",
+            ),
+            given_blocks: count("perigee_kvstore_given_blocks", "Blocks that peers took"),
+            taken_blocks: count(
+                "perigee_kvstore_taken_blocks",
+                "Blocks taken from peers that offered them",
+            ),
+            peer_failures: count(
+                "perigee_kvstore_peer_failures",
+                "Questions and offers that a peer did not answer in time",
+            ),
+            dropped: metrics.register(
+                "perigee_kvstore_dropped_blocks",
+                "Blocks dropped ahead of need, by why they were not offered to a peer",
+                Family::default(),
+            ),
         }
+    }
+
+    pub(crate) fn count_dropped(&self, reason: &'static str, blocks: usize) {
+        let counter = self.dropped.get_or_create_owned(&ReasonLabel { reason });
+        counter.inc_by(blocks as u64);
     }
 
     pub(crate) fn set_counts(&self, counts: Counts) {

@@ -67,6 +67,10 @@ pub trait Policy: fmt::Debug + Send {
     /// What keeping a cached block is worth; higher is better. Comparable between nodes that run the same policy.
     fn worth(&self, block: BlockId, now: Instant) -> f32;
 
+    /// From now on the block is worth no more than this: it came from a peer that says so, or was only looked at. To move a
+    /// block is no use of it. Policies to which the time of a use means nothing leave it as it is.
+    fn lower(&mut self, _block: BlockId, _worth: f32, _now: Instant) {}
+
     /// Up to `count` of the blocks that are evictable now, least worth first.
     fn coldest(&self, count: usize, now: Instant) -> Vec<BlockId>;
 

@@ -80,7 +80,11 @@ fn serve(table: &mut BlockTable, chain: &[BlockHash], now: Instant) -> usize {
         held => Parent::Block(chain[held - 1]),
     };
     for hash in &chain[held..] {
-        let Some(block) = table.allocate(1, now).ok().and_then(|blocks| blocks.first().copied()) else {
+        let Some(block) = table
+            .allocate(1, now)
+            .ok()
+            .and_then(|blocks| blocks.first().copied())
+        else {
             break;
         };
         match table.commit(block, parent, *hash, Checksum::default(), now) {

@@ -18,6 +18,8 @@ pub(crate) struct Roots {
     /// Oldest first.
     order: VecDeque<Box<str>>,
     known: HashSet<BlockHash>,
+    /// Roots that peers named, oldest first.
+    learned: VecDeque<BlockHash>,
 }
 
 impl Roots {
@@ -29,6 +31,7 @@ impl Roots {
             by_tenant: HashMap::new(),
             order: VecDeque::new(),
             known: HashSet::from([common]),
+            learned: VecDeque::new(),
         }
     }
 
@@ -51,6 +54,24 @@ impl Roots {
         self.order.push_back(tenant.into());
         self.known.insert(root);
         root
+    }
+
+    /// Takes a peer's word that this is the root of some tenant's space. Blocks below it are found by who knows their hashes, as
+    /// all others: a wrong word makes no block readable.
+    pub(crate) fn learn(&mut self, root: BlockHash) {
+        if self.known.contains(&root) {
+            return;
+        }
+        while self.learned.len() >= TENANTS_MAX
+            && let Some(oldest) = self.learned.pop_front()
+        {
+            // A tenant that was seen since has its root in `by_tenant`, too.
+            if !self.by_tenant.values().any(|known| *known == oldest) {
+                self.known.remove(&oldest);
+            }
+        }
+        self.learned.push_back(root);
+        self.known.insert(root);
     }
 
     pub(crate) fn is_root(&self, hash: BlockHash) -> bool {

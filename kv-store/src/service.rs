@@ -20,6 +20,7 @@ use types::{BlockHash, Error, ErrorCode, LeaseId};
 
 use crate::expiring::Full;
 use crate::store::{self, Store};
+use crate::table::Purpose;
 
 mod calls;
 mod put;
@@ -121,10 +122,24 @@ impl Service {
         let hashes = self.read_hashes(&request.hashes)?;
         let config = self.store.config();
         let expires = expiry(request.lease_ttl_ms, config.lease_ttl_max)?;
-        let leased = self.store.with_table(|table| table.lease(&hashes, expires, store::now()));
+        let purpose = if request.moved {
+            Purpose::Move
+        } else {
+            Purpose::Request
+        };
+        let given = if self.store.is_quarantined() {
+            &[][..]
+        } else {
+            &hashes
+        };
+        let leased = self
+            .store
+            .with_table(|table| table.lease(given, purpose, expires, store::now()));
         let leased = leased.map_err(|full| too_many("leases", full, config.expiry_interval))?;
         let (lease, blocks) = leased.unwrap_or_default();
-        self.store.count_match(hashes.len(), blocks.len());
+        if purpose == Purpose::Request {
+            self.store.count_match(hashes.len(), blocks.len());
+        }
         let blocks = blocks.iter().map(|held| v1::BlockDescriptor {
             hash: held.hash.0.to_vec(),
             offset: self.store.byte_range(held.block).start,

@@ -11,6 +11,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
@@ -26,6 +27,7 @@ use crate::Config;
 use crate::fetch::Flights;
 use crate::metrics::Metrics;
 use crate::roots::Roots;
+use crate::scrub::Health;
 use crate::table::{BlockTable, Committed, Counts, OutOfBlocks, Parent, TableLimits};
 
 mod grant;
@@ -156,6 +158,8 @@ pub(crate) struct Inner {
     pub(crate) flights: Arc<Flights>,
     pub(crate) fetch_permits: Semaphore,
     pub(crate) metrics: Metrics,
+    quarantined: AtomicBool,
+    health: Mutex<Health>,
 }
 
 impl Store {
@@ -214,6 +218,8 @@ impl Store {
                 flights: Arc::default(),
                 fetch_permits: Semaphore::new(config.fetches_max.max(1)),
                 metrics,
+                quarantined: AtomicBool::new(false),
+                health: Mutex::default(),
                 space,
                 config,
             }),
@@ -293,14 +299,16 @@ impl Store {
 
     /// Pins the longest leading run of held blocks, and counts the rest as misses.
     pub fn match_prefix(&self, hashes: &[BlockHash]) -> Vec<BlockPin> {
-        let held = self.pin_held(hashes);
+        let held = self.with_table(|table| table.match_prefix(hashes, now()));
         self.count_match(hashes.len(), held.len());
-        held
+        held.into_iter()
+            .map(|descriptor| BlockPin::cached(self.clone(), descriptor))
+            .collect()
     }
 
-    /// As [`Store::match_prefix`], but counts nothing: for whoever asks again.
+    /// As [`Store::match_prefix`], but neither counts nor is a use: for whoever asks again, or only looks.
     pub(crate) fn pin_held(&self, hashes: &[BlockHash]) -> Vec<BlockPin> {
-        let held = self.with_table(|table| table.match_prefix(hashes, now()));
+        let held = self.with_table(|table| table.pin_run(hashes));
         held.into_iter()
             .map(|descriptor| BlockPin::cached(self.clone(), descriptor))
             .collect()
@@ -458,6 +466,42 @@ impl Store {
         &self.inner
     }
 
+    /// Whether this node's memory has changed blocks so often that it neither caches nor gives any. Only a restart ends it.
+    pub fn is_quarantined(&self) -> bool {
+        self.inner.quarantined.load(Ordering::Relaxed)
+    }
+
+    /// Counts a cached block whose bytes changed, and quarantines the node after too many.
+    pub(crate) fn note_corrupt(&self, now: Instant) {
+        self.inner.metrics.corruptions.inc();
+        let mut health = self
+            .inner
+            .health
+            .lock()
+            .expect("nothing panics while it counts corrupt blocks");
+        if health.corrupt(now) && !self.inner.quarantined.swap(true, Ordering::Relaxed) {
+            self.inner.metrics.quarantined.set(1);
+            tracing::error!(
+                "this node's memory changed too many blocks: it caches and gives none until it is restarted"
+            );
+        }
+    }
+
+    /// Pins one block to look at it, which is no use of it: the closure gets the block, and its worth stays what it was.
+    pub(crate) fn inspect<R>(&self, hash: BlockHash, look: impl FnOnce(&BlockPin) -> R) -> Option<R> {
+        let (worth, held) =
+            self.with_table(|table| Some((table.worth(hash, now())?, table.pin_run(&[hash]).pop()?)))?;
+        let pin = BlockPin::cached(self.clone(), held);
+        let result = look(&pin);
+        drop(pin);
+        self.with_table(|table| table.lower_worth(hash, worth, now()));
+        Some(result)
+    }
+
+    pub(crate) fn learn_root(&self, root: BlockHash) {
+        self.roots().learn(root);
+    }
+
     pub(crate) fn is_root(&self, hash: BlockHash) -> bool {
         self.roots().is_root(hash)
     }
@@ -506,7 +550,12 @@ impl Store {
         } else {
             Parent::Block(parent)
         };
-        match self.with_table(|table| table.commit(block.block(), parent, hash, checksum, now())) {
+        let committed = if self.is_quarantined() {
+            Committed::Orphan
+        } else {
+            self.with_table(|table| table.commit(block.block(), parent, hash, checksum, now()))
+        };
+        match committed {
             Committed::Stored(descriptor) => {
                 block.give_up();
                 (BlockPin::cached(self.clone(), descriptor), None)

@@ -6,12 +6,16 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use node::registry::Members;
 use node::{Channels, Identity, LoadSource};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use transfer::{TcpTransport, TransferError, Transport};
 use types::{ErrorCode, KvSpace, LoadReport, NodeRecord};
 
+use crate::cache::Cache;
+use crate::exchange::Exchange;
 use crate::service::Service;
 use crate::store::{Store, StoreError};
 use crate::transfers::{self, HostReader};
@@ -75,6 +79,7 @@ pub struct StoreNode {
     store: Store,
     service: Service,
     transfers: transfers::Service,
+    cache: Cache,
     shutdown: CancellationToken,
 }
 
@@ -99,9 +104,16 @@ impl StoreNode {
         transfers::register_metrics(metrics, &transport);
         let memory = transport.allocate(capacity_bytes)?;
         let store = Store::new(store, space, identity.epoch, memory, transport, metrics)?;
+        let channels = Channels::new();
         Ok(Self {
             service: Service::new(store.clone(), shutdown.clone()),
-            transfers: transfers::Service::new(store.clone(), Channels::new(), host, shutdown.clone()),
+            cache: Cache::new(
+                store.clone(),
+                identity.id.clone(),
+                channels.clone(),
+                shutdown.clone(),
+            ),
+            transfers: transfers::Service::new(store.clone(), channels, host, shutdown.clone()),
             store,
             shutdown,
         })
@@ -114,7 +126,14 @@ impl StoreNode {
 
     /// The gRPC services of the role.
     pub fn grpc(&self) -> Routes {
-        Routes::new(self.service.server()).add_service(self.transfers.server())
+        Routes::new(self.service.server())
+            .add_service(self.transfers.server())
+            .add_service(self.cache.server())
+    }
+
+    /// What the node does with its peers, once they are known. `grpc_endpoint` (`host:port`) is where they reach it.
+    pub fn exchange(&self, members: watch::Receiver<Arc<Members>>, grpc_endpoint: String) -> Exchange {
+        Exchange::new(self.cache.clone(), members, grpc_endpoint)
     }
 
     /// The node's entry in the registry, for a process that is reached at these endpoints (`host:port`).
@@ -151,7 +170,7 @@ impl LoadSource for StoreNode {
         LoadReport {
             free_blocks: blocks.free as u64,
             evictable_blocks: blocks.reclaimable as u64,
-            draining: self.shutdown.is_cancelled(),
+            draining: self.shutdown.is_cancelled() || self.store.is_quarantined(),
             ..LoadReport::default()
         }
     }

@@ -27,6 +27,9 @@ use crate::log::{Log, Snapshot, SnapshotBlock};
 use crate::policy::{Eviction, Policy, Stored};
 
 mod integrity;
+mod moves;
+
+pub use moves::{Path, Ranked, Victim};
 
 /// Where every block of this table lies. The pool is host memory; other tiers have their own tables.
 const TIER: Tier = Tier::Host;
@@ -83,6 +86,15 @@ pub struct Counts {
     pub leases: usize,
 }
 
+/// What blocks are leased for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// A request needs them, which is a use.
+    Request,
+    /// They go to another node, which says nothing about who will need them.
+    Move,
+}
+
 /// What became of a block that was committed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Committed {
@@ -102,20 +114,6 @@ pub enum Parent {
     /// The block with this hash.
     Block(BlockHash),
 }
-
-/// A block that eviction would take.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Victim {
-    /// Its identity.
-    pub hash: BlockHash,
-    /// The block before it, or its root.
-    pub parent: BlockHash,
-    /// Its slot.
-    pub block: BlockId,
-    /// What keeping it is worth; higher is better.
-    pub worth: f32,
-}
-
 /// The pool cannot give so many blocks, whatever is evicted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{needed} blocks are needed, but {available} of {capacity} are free or evictable")]
@@ -156,6 +154,10 @@ enum SlotState {
     Free,
     Owned,
     Cached(Cached),
+    /// No longer found by its hash, but still read by those who had found it. Freed with its last pin.
+    Detached {
+        pins: u32,
+    },
 }
 
 #[derive(Debug)]
@@ -235,30 +237,12 @@ impl BlockTable {
         self.free.len() + self.reclaimable
     }
 
-    /// The next `count` blocks that eviction would take of those that are evictable now, in that order.
-    pub fn coldest(&self, count: usize, now: Instant) -> Vec<Victim> {
-        let blocks = self.policy.coldest(count, now);
-        let victim = |block| {
-            let cached = self.cached(block);
-            Victim {
-                hash: cached.hash,
-                parent: cached.parent_hash,
-                block,
-                worth: self.policy.worth(block, now),
-            }
-        };
-        blocks.into_iter().map(victim).collect()
-    }
-
-    /// What keeping a block is worth, if it is held: higher is better. Comparable between nodes of the same policy.
-    pub fn worth(&self, hash: BlockHash, now: Instant) -> Option<f32> {
-        let block = self.by_hash.get(&hash)?;
-        Some(self.policy.worth(*block, now))
-    }
-
     /// Whether each block is held. Neither pins nor touches them.
     pub fn exists(&self, hashes: &[BlockHash]) -> Vec<bool> {
-        hashes.iter().map(|hash| self.by_hash.contains_key(hash)).collect()
+        hashes
+            .iter()
+            .map(|hash| self.by_hash.contains_key(hash))
+            .collect()
     }
 
     /// Blocks evicted so far.
@@ -295,6 +279,14 @@ impl BlockTable {
 
     /// Pins the longest leading run of held blocks, and marks it as used.
     pub fn match_prefix(&mut self, hashes: &[BlockHash], now: Instant) -> Vec<BlockDescriptor> {
+        let held = self.pin_run(hashes);
+        let run: Vec<BlockId> = held.iter().map(|held| held.block).collect();
+        self.policy.used(&run, now);
+        held
+    }
+
+    /// Pins the longest leading run of held blocks to look at them or to move them, which is no use of them.
+    pub fn pin_run(&mut self, hashes: &[BlockHash]) -> Vec<BlockDescriptor> {
         let held: Vec<BlockId> = hashes
             .iter()
             .map_while(|hash| self.by_hash.get(hash).copied())
@@ -302,7 +294,6 @@ impl BlockTable {
         for block in &held {
             self.pin(*block);
         }
-        self.policy.used(&held, now);
         held.into_iter().map(|block| self.describe(block)).collect()
     }
 
@@ -405,6 +396,9 @@ impl BlockTable {
 
     /// Ends one pin of a cached block.
     pub fn unpin(&mut self, block: BlockId, now: Instant) {
+        if self.unpin_detached(block) {
+            return;
+        }
         let cached = self.cached_mut(block);
         assert!(cached.pins > 0, "block {block} is not pinned");
         cached.pins -= 1;
@@ -422,15 +416,19 @@ impl BlockTable {
         }
     }
 
-    /// Pins the longest leading run of held blocks until `expires`. No run, no lease.
+    /// Pins the longest leading run of held blocks until `expires`, for a request or to move them. No run, no lease.
     pub fn lease(
         &mut self,
         hashes: &[BlockHash],
+        purpose: Purpose,
         expires: Instant,
         now: Instant,
     ) -> Result<Option<(LeaseId, Vec<BlockDescriptor>)>, Full> {
         self.leases.check_room()?;
-        let blocks = self.match_prefix(hashes, now);
+        let blocks = match purpose {
+            Purpose::Request => self.match_prefix(hashes, now),
+            Purpose::Move => self.pin_run(hashes),
+        };
         if blocks.is_empty() {
             return Ok(None);
         }
@@ -526,15 +524,23 @@ impl BlockTable {
             .policy
             .victim(now)
             .expect("where a block is reclaimable, one of its descendants is an evictable leaf");
+        self.remove_leaf(block, now);
+        self.evictions += 1;
+    }
+
+    /// Lets go of a cached block that is evictable. Its parent may be the next one.
+    fn remove_leaf(&mut self, block: BlockId, now: Instant) {
         let cached = self.cached(block);
         let (hash, parent) = (cached.hash, cached.parent);
-        assert!(cached.is_evictable(), "the policy chose block {block}, which is in use");
+        assert!(
+            cached.is_evictable(),
+            "the policy chose block {block}, which is in use"
+        );
         self.policy.evicted(block, hash, now);
         self.by_hash.remove(&hash);
         self.slot_mut(block).state = SlotState::Free;
         self.free.push(block);
         self.reclaimable -= 1;
-        self.evictions += 1;
         self.log.append(BlockEvent::Removed { hash });
         if let Some(parent) = parent {
             let cached = self.cached_mut(parent);
@@ -571,14 +577,18 @@ impl BlockTable {
     fn cached(&self, block: BlockId) -> &Cached {
         match &self.slot(block).state {
             SlotState::Cached(cached) => cached,
-            SlotState::Free | SlotState::Owned => panic!("block {block} is not cached"),
+            SlotState::Free | SlotState::Owned | SlotState::Detached { .. } => {
+                panic!("block {block} is not cached")
+            }
         }
     }
 
     fn cached_mut(&mut self, block: BlockId) -> &mut Cached {
         match &mut self.slot_mut(block).state {
             SlotState::Cached(cached) => cached,
-            SlotState::Free | SlotState::Owned => panic!("block {block} is not cached"),
+            SlotState::Free | SlotState::Owned | SlotState::Detached { .. } => {
+                panic!("block {block} is not cached")
+            }
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use node::Channels;
+use proto::v1::cache_client::CacheClient;
 use proto::v1::kv_store_client::KvStoreClient;
 use proto::v1::transfer_client::TransferClient;
 use tokio::task::JoinHandle;
@@ -14,8 +15,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Server};
 use transfer::mem::Faults;
 use transfer::{HostMemory, MemNetwork, TcpTransport, Transport};
-use types::{BlockHash, BlockId, Epoch, KvDtype, KvLayout, KvSpace, Token};
+use types::{BlockHash, BlockId, Epoch, KvDtype, KvLayout, KvSpace, NodeId, NodeRecord, Role, Token};
 
+use crate::cache::Cache;
 use crate::service::Service;
 use crate::store::{BlockPin, Store};
 use crate::transfers::{self, HostReader};
@@ -116,6 +118,7 @@ pub(crate) struct Peer {
     pub(crate) store: Store,
     pub(crate) transport: Arc<dyn Transport>,
     pub(crate) transfers: transfers::Service,
+    pub(crate) cache: Cache,
     pub(crate) grpc_endpoint: String,
     shutdown: CancellationToken,
     tasks: Vec<JoinHandle<()>>,
@@ -138,7 +141,10 @@ impl Peer {
         let grpc_endpoint = listener.local_addr().unwrap().to_string();
         let host = HostReader::new("/".into(), &std::collections::BTreeMap::new());
         let transfers = transfers::Service::new(store.clone(), channels(), host, shutdown.clone());
+        let id = NodeId::new(grpc_endpoint.as_str());
+        let cache = Cache::new(store.clone(), id, channels(), shutdown.clone());
         let server = Server::builder()
+            .add_service(cache.server())
             .add_service(service.server())
             .add_service(transfers.server());
         let ended = shutdown.clone().cancelled_owned();
@@ -152,6 +158,7 @@ impl Peer {
             transport: store.transport(),
             store,
             transfers,
+            cache,
             grpc_endpoint,
             shutdown,
             tasks,
@@ -160,6 +167,26 @@ impl Peer {
 
     pub(crate) fn client(&self) -> KvStoreClient<Channel> {
         KvStoreClient::new(node::channel(&self.grpc_endpoint).unwrap())
+    }
+
+    pub(crate) fn cache_client(&self) -> CacheClient<Channel> {
+        CacheClient::new(node::channel(&self.grpc_endpoint).unwrap())
+    }
+
+    /// Its entry in the registry.
+    pub(crate) fn record(&self) -> NodeRecord {
+        NodeRecord {
+            id: NodeId::new(self.grpc_endpoint.as_str()),
+            epoch: self.store.epoch(),
+            role: Role::Store,
+            grpc_endpoint: self.grpc_endpoint.clone(),
+            http_endpoint: String::new(),
+            transfer_endpoint: self.transport.endpoint(),
+            model: "tiny".into(),
+            kv_space: Some(space()),
+            capacity_blocks: self.store.capacity() as u64,
+            context_tokens_max: 0,
+        }
     }
 
     pub(crate) fn transfer_client(&self) -> TransferClient<Channel> {

@@ -340,6 +340,7 @@ pub(crate) async fn prepare(shared: &Shared, prompt: &Prompt, deadline: Instant)
     let mut fetched_bytes = 0;
     if blocks.shared_blocks() < blocks.chain().len() && !prompt.sources.is_empty() {
         let fetch = kv_store::Fetch {
+            purpose: kv_store::table::Purpose::Request,
             root: blocks.root(),
             chain: blocks.chain(),
             from: blocks.shared_blocks(),

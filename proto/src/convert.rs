@@ -27,6 +27,34 @@ pub fn hashes_to_wire(list: &[BlockHash]) -> Vec<Vec<u8>> {
     list.iter().map(|hash| hash.0.to_vec()).collect()
 }
 
+/// Reads the hashes of a chain, of which there may be `max`.
+pub fn chain(field: &str, wire: Option<&v1::BlockChain>, max: usize) -> Result<Vec<BlockHash>, Error> {
+    let bytes = wire.map_or(&[][..], |chain| &chain.hashes);
+    let (hashes, rest) = bytes.as_chunks::<16>();
+    if !rest.is_empty() {
+        let len = bytes.len();
+        return Err(Error::invalid(
+            field,
+            format!("{field} has {len} bytes, which is no multiple of 16"),
+        ));
+    }
+    if hashes.len() > max {
+        let given = hashes.len();
+        return Err(Error::invalid(
+            field,
+            format!("{field} names {given} blocks, but at most {max} are allowed"),
+        ));
+    }
+    Ok(hashes.iter().map(|hash| BlockHash(*hash)).collect())
+}
+
+/// The wire form of a chain.
+pub fn chain_to_wire(chain: &[BlockHash]) -> v1::BlockChain {
+    v1::BlockChain {
+        hashes: chain.iter().flat_map(|hash| hash.0).collect(),
+    }
+}
+
 /// Reads a request id.
 pub fn request_id(text: &str) -> Result<RequestId, Error> {
     RequestId::parse(text).ok_or_else(|| {

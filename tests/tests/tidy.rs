@@ -44,6 +44,7 @@ const PURE: &[&str] = &[
     "libs/engine/src/detokenizer.rs",
     "kv-store/src/table.rs",
     "kv-store/src/log.rs",
+    "kv-store/src/cooperate.rs",
     "kv-store/src/follower.rs",
     "kv-store/src/probe.rs",
     "router/src/index.rs",

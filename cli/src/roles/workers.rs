@@ -6,7 +6,9 @@ use std::sync::Arc;
 use engine::Model;
 use engine::file::ModelFile;
 use kv_store::store_node::{self, StoreNode};
+use node::registry::Registry;
 use node::{Channels, Listeners, LoadSource, NodeService, task};
+use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use types::{Error, KvSpace, LoadReport, NodeRecord};
 
@@ -36,9 +38,10 @@ pub(super) async fn store(process: Process, listeners: Listeners) -> anyhow::Res
         move || tracing::info!("a store has nothing to drain"),
         shutdown.token(),
     );
-    let serving = process.serve(pool.grpc().add_service(admin.server()), listeners);
-    let work = async move { tokio::join!(serving, pool.run()).0 };
     let (registry, _following) = process.registry().await?;
+    let (exchanging, handed_over) = exchange(&process, &pool, registry.as_ref());
+    let serving = process.serve(pool.grpc().add_service(admin.server()), listeners, handed_over);
+    let work = async move { tokio::join!(serving, pool.run(), exchanging).0 };
     process.run(registry, record, work).await
 }
 
@@ -65,12 +68,14 @@ pub(super) async fn prefill(process: Process, listeners: Listeners) -> anyhow::R
         draining.drain()
     });
     let routes = pool.grpc().add_service(handle.grpc()).add_service(admin.server());
-    let (serving, shutdown) = (process.serve(routes, listeners), process.shutdown.token());
+    let (registry, _following) = process.registry().await?;
+    let (exchanging, handed_over) = exchange(&process, &pool, registry.as_ref());
+    let serving = process.serve(routes, listeners, handed_over);
+    let shutdown = process.shutdown.token();
     let work = async move {
-        let (served, ran, ()) = tokio::join!(serving, service.run(shutdown), pool.run());
+        let (served, ran, (), ()) = tokio::join!(serving, service.run(shutdown), pool.run(), exchanging);
         ran.and(served)
     };
-    let (registry, _following) = process.registry().await?;
     process.run(registry, record, work).await
 }
 
@@ -100,12 +105,14 @@ pub(super) async fn decode(process: Process, listeners: Listeners) -> anyhow::Re
         .grpc()
         .add_service(handle.server())
         .add_service(admin.server());
-    let (serving, shutdown) = (process.serve(routes, listeners), process.shutdown.token());
+    let (registry, _following) = process.registry().await?;
+    let (exchanging, handed_over) = exchange(&process, &pool, registry.as_ref());
+    let serving = process.serve(routes, listeners, handed_over);
+    let shutdown = process.shutdown.token();
     let work = async move {
-        let (served, ran, ()) = tokio::join!(serving, service.run(shutdown), pool.run());
+        let (served, ran, (), ()) = tokio::join!(serving, service.run(shutdown), pool.run(), exchanging);
         ran.and(served)
     };
-    let (registry, _following) = process.registry().await?;
     process.run(registry, record, work).await
 }
 
@@ -162,6 +169,25 @@ impl LoadSource for RouterLoad {
             ..LoadReport::default()
         }
     }
+}
+
+/// What the pool does with its peers until the process is told to end, and then gives to them. The token is cancelled once that
+/// is done: until then peers must be able to read from this node.
+fn exchange(
+    process: &Process,
+    pool: &StoreNode,
+    registry: &dyn Registry,
+) -> (impl Future<Output = ()> + Send + use<>, CancellationToken) {
+    let exchange = pool.exchange(registry.watch(), process.grpc_endpoint());
+    let (shutdown, handed_over) = (process.shutdown.token(), CancellationToken::new());
+    let done = handed_over.clone().drop_guard();
+    let work = async move {
+        exchange.clone().run(shutdown).await;
+        let blocks = exchange.hand_over().await;
+        tracing::info!(blocks, "gave blocks to the peers");
+        drop(done);
+    };
+    (work, handed_over)
 }
 
 fn admin(

@@ -271,6 +271,26 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
                 "eviction",
                 "Which block goes when memory is short: `returns`, `lru`, `lfu` or `s3fifo`.",
             ),
+            (
+                "cooperation_bytes_per_second",
+                "Bytes per second given to peers instead of being dropped, and as many taken; 0 does neither.",
+            ),
+            (
+                "offer_timeout",
+                "Longest wait for a peer that takes what it was offered.",
+            ),
+            (
+                "handover_timeout",
+                "Longest time for which a node that ends gives its blocks to its peers.",
+            ),
+            (
+                "pins_max",
+                "Prefixes pinned at a time; together they hold at most half of the pool.",
+            ),
+            (
+                "scrub_bytes_per_second",
+                "Bytes per second verified in the background; 0 verifies none.",
+            ),
         ],
     ),
     (

@@ -299,5 +299,10 @@ section! {
         fetch_batch_bytes: size,
         acquire_timeout: time,
         eviction: policy,
+        cooperation_bytes_per_second: size,
+        offer_timeout: time,
+        handover_timeout: time,
+        pins_max: count,
+        scrub_bytes_per_second: size,
     }
 }

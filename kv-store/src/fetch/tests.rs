@@ -38,6 +38,7 @@ fn prompt_at(peer: &Peer, blocks: usize) -> Vec<BlockHash> {
 
 async fn fetch(store: &Store, chain: &[BlockHash], sources: &[Source], within: Duration) -> FetchOutcome {
     let fetch = Fetch {
+        purpose: Purpose::Request,
         root: store.common_root(),
         chain,
         from: 0,
@@ -80,6 +81,7 @@ async fn two_nodes_fetch_from_each_other() {
     let (root, chain) = a.store.chain("tenant", &tokens(2, 3 * BLOCK_TOKENS));
     let sources = [source(&b, 3)];
     let first = Fetch {
+        purpose: Purpose::Request,
         root,
         chain: &chain,
         from: 0,
@@ -313,6 +315,7 @@ async fn without_sources_only_what_is_held_comes_back() {
     let got = fetch(&store, &chain, &[], PATIENCE).await;
     assert_eq!((got.blocks.len(), got.bytes), (2, 0));
     let beyond = Fetch {
+        purpose: Purpose::Request,
         root: store.common_root(),
         chain: &chain,
         from: 5,

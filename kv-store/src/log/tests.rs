@@ -182,3 +182,227 @@ fn an_event_without_content_is_refused() {
         types::ErrorCode::Invalid
     );
 }
+
+mod delivery {
+    //! A reader behind a connection that loses, repeats and reorders what it delivers, of a node that restarts.
+
+    use std::collections::{BTreeMap, VecDeque};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Debug, Clone)]
+    enum Op {
+        /// The node stores or removes a block.
+        Change(u64),
+        /// It starts anew, with an empty pool.
+        Restart,
+        /// It sends what the reader lacks, in batches of at most so many events.
+        Send(usize),
+        /// The connection delivers the oldest batch, or the one at this place, or loses or repeats it.
+        Deliver,
+        Reorder(usize),
+        Lose,
+        Repeat(usize),
+        /// The connection breaks: what is on its way is gone, and the reader asks again.
+        Break,
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        prop_oneof![
+            12 => (1..30u64).prop_map(Op::Change),
+            1 => Just(Op::Restart),
+            6 => (1..6usize).prop_map(Op::Send),
+            8 => Just(Op::Deliver),
+            1 => any::<usize>().prop_map(Op::Reorder),
+            1 => Just(Op::Lose),
+            1 => any::<usize>().prop_map(Op::Repeat),
+            1 => Just(Op::Break),
+        ]
+    }
+
+    /// Continues no other block.
+    const ALONE: u64 = 1000;
+
+    fn parent(block: u64) -> u64 {
+        if block == ALONE { 0 } else { block / 2 }
+    }
+
+    /// A node, whose blocks form a binary tree: the parent of `n` is `n / 2`.
+    struct Node {
+        epoch: Epoch,
+        log: Log,
+        held: BTreeMap<u64, u64>,
+        stored: u64,
+    }
+
+    impl Node {
+        fn new(epoch: u64) -> Self {
+            Self {
+                epoch: Epoch(epoch),
+                log: Log::new(8),
+                held: BTreeMap::new(),
+                stored: 0,
+            }
+        }
+
+        fn change(&mut self, block: u64) {
+            let parent = parent(block);
+            if self.held.contains_key(&block) {
+                if !self.held.contains_key(&(2 * block)) && !self.held.contains_key(&(2 * block + 1)) {
+                    self.held.remove(&block);
+                    self.log.append(removed(block));
+                }
+            } else if parent == 0 || self.held.contains_key(&parent) {
+                self.stored += 1;
+                self.held.insert(block, self.stored);
+                self.log.append(BlockEvent::Stored {
+                    hash: hash(block),
+                    parent: hash(parent),
+                    tier: Tier::Host,
+                });
+            }
+        }
+
+        /// What a watcher that knows `next - 1` entries of `epoch` is sent, as `service/watch.rs` does it.
+        fn send(&self, epoch: Epoch, next: u64, events_max: usize) -> Vec<Batch> {
+            let next = if epoch == self.epoch { next } else { 0 };
+            match self.log.since(next, events_max) {
+                Resume::Entries(entries) => Batch::of_entries(self.epoch, &entries).into_iter().collect(),
+                Resume::SnapshotNeeded => {
+                    let mut blocks: Vec<_> = self
+                        .held
+                        .iter()
+                        .map(|(block, stored)| (*stored, *block))
+                        .collect();
+                    blocks.sort_unstable();
+                    let blocks = blocks.into_iter().map(|(_, block)| SnapshotBlock {
+                        hash: hash(block),
+                        parent: hash(parent(block)),
+                        tier: Tier::Host,
+                    });
+                    let snapshot = Snapshot {
+                        sequence: self.log.last(),
+                        blocks: blocks.collect(),
+                    };
+                    snapshot.into_batches(self.epoch, events_max).collect()
+                }
+            }
+        }
+
+        fn hashes(&self) -> Vec<BlockHash> {
+            let mut held: Vec<BlockHash> = self.held.keys().map(|block| hash(*block)).collect();
+            held.sort_unstable();
+            held
+        }
+    }
+
+    /// A reader with the index that it builds, and what is on its way to it.
+    struct Reader {
+        follower: Follower,
+        index: BTreeMap<BlockHash, BlockHash>,
+        wire: VecDeque<Batch>,
+        /// What the node believes the reader to have been sent: its epoch, and the next entry.
+        sent: (Epoch, u64),
+    }
+
+    impl Reader {
+        fn subscribe(&mut self) {
+            self.wire.clear();
+            self.sent = self.follower.resume();
+        }
+
+        fn receive(&mut self, batch: Batch) {
+            let batch = Batch::from_wire(&batch.to_wire()).expect("it was written by us");
+            match self.follower.apply(batch) {
+                Err(_) => {
+                    self.follower.reset();
+                    self.subscribe();
+                }
+                Ok(Applied { reset, events }) => {
+                    if reset {
+                        self.index.clear();
+                    }
+                    for event in events {
+                        match event {
+                            BlockEvent::Stored { hash, parent, .. } => drop(self.index.insert(hash, parent)),
+                            BlockEvent::Removed { hash } => drop(self.index.remove(&hash)),
+                            BlockEvent::Moved { .. } => {}
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn send(node: &Node, reader: &mut Reader, events_max: usize) {
+        let (epoch, next) = reader.sent;
+        for batch in node.send(epoch, next, events_max) {
+            reader.sent = (batch.epoch, batch.sequence + 1);
+            reader.wire.push_back(batch);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        /// Parts of a snapshot are not numbered, so they are delivered in order and whole, as a stream does it; entries may be lost,
+        /// repeated and reordered at will.
+        #[test]
+        fn loss_repetition_and_reordering_are_noticed_and_healed(ops in prop::collection::vec(op(), 1..200)) {
+            let mut node = Node::new(1);
+            let mut reader = Reader {
+                follower: Follower::new(),
+                index: BTreeMap::new(),
+                wire: VecDeque::new(),
+                sent: (Epoch(0), 0),
+            };
+            for op in ops {
+                let entries = |batch: &Batch| batch.kind == BatchKind::Entries;
+                let only_entries = reader.wire.iter().all(entries);
+                match op {
+                    Op::Change(block) => node.change(block),
+                    Op::Restart => {
+                        node = Node::new(node.epoch.0 + 1);
+                        reader.subscribe();
+                    }
+                    Op::Send(events_max) => send(&node, &mut reader, events_max),
+                    Op::Deliver => {
+                        if let Some(batch) = reader.wire.pop_front() {
+                            reader.receive(batch);
+                        }
+                    }
+                    Op::Reorder(at) if only_entries && !reader.wire.is_empty() => {
+                        let at = at % reader.wire.len();
+                        reader.wire.swap(0, at);
+                    }
+                    Op::Lose if only_entries => drop(reader.wire.pop_front()),
+                    Op::Repeat(at) if only_entries && !reader.wire.is_empty() => {
+                        let batch = reader.wire[at % reader.wire.len()].clone();
+                        reader.wire.push_back(batch);
+                    }
+                    Op::Reorder(_) | Op::Lose | Op::Repeat(_) => {}
+                    Op::Break => reader.subscribe(),
+                }
+                // Whatever the reader takes for complete is what the node held at that number.
+                if reader.follower.epoch() == Some(node.epoch) && reader.follower.sequence() == Some(node.log.last()) {
+                    prop_assert_eq!(reader.index.keys().copied().collect::<Vec<_>>(), node.hashes());
+                }
+            }
+            // A quiet connection brings the reader to the node's state: by what is sent, or by asking once more.
+            for _ in 0..4 {
+                // News make a reader notice that it missed something.
+                node.change(ALONE);
+                send(&node, &mut reader, usize::MAX);
+                while let Some(batch) = reader.wire.pop_front() {
+                    reader.receive(batch);
+                }
+            }
+            prop_assert_eq!(reader.index.keys().copied().collect::<Vec<_>>(), node.hashes());
+            for parent in reader.index.values() {
+                prop_assert!(*parent == hash(0) || reader.index.contains_key(parent));
+            }
+        }
+    }
+}

@@ -13,8 +13,9 @@ pub(super) struct Lru {
     clock: Clock,
     /// Counts uses, since many of them share one moment.
     uses: u64,
+    /// Moment and number of the last use.
     last_use: Vec<(u64, u64)>,
-    evictable: BTreeSet<(u64, BlockId)>,
+    evictable: BTreeSet<((u64, u64), BlockId)>,
 }
 
 impl Lru {
@@ -29,11 +30,11 @@ impl Lru {
 
     fn touch(&mut self, block: BlockId, now: Instant) {
         self.uses += 1;
-        self.last_use[block.0 as usize] = (self.uses, self.clock.advance(now));
+        self.last_use[block.0 as usize] = (self.clock.advance(now), self.uses);
     }
 
-    fn key(&self, block: BlockId) -> (u64, BlockId) {
-        (self.last_use[block.0 as usize].0, block)
+    fn key(&self, block: BlockId) -> ((u64, u64), BlockId) {
+        (self.last_use[block.0 as usize], block)
     }
 }
 
@@ -70,12 +71,34 @@ impl Policy for Lru {
 
     /// Uses per second, if the time since the last one is the time to the next.
     fn worth(&self, block: BlockId, now: Instant) -> f32 {
-        let (_, used_ms) = self.last_use[block.0 as usize];
+        let (used_ms, _) = self.last_use[block.0 as usize];
         1000.0 / (1 + self.clock.at(now) - used_ms) as f32
     }
 
+    fn lower(&mut self, block: BlockId, worth: f32, now: Instant) {
+        let age_ms = if worth > 0.0 {
+            (1000.0 / worth) as u64
+        } else {
+            u64::MAX
+        };
+        let used_ms = self.clock.advance(now).saturating_sub(age_ms.saturating_sub(1));
+        if used_ms >= self.last_use[block.0 as usize].0 {
+            return;
+        }
+        let evictable = self.evictable.remove(&self.key(block));
+        self.uses += 1;
+        self.last_use[block.0 as usize] = (used_ms, self.uses);
+        if evictable {
+            self.evictable.insert(self.key(block));
+        }
+    }
+
     fn coldest(&self, count: usize, _now: Instant) -> Vec<BlockId> {
-        self.evictable.iter().take(count).map(|(_, block)| *block).collect()
+        self.evictable
+            .iter()
+            .take(count)
+            .map(|(_, block)| *block)
+            .collect()
     }
 
     fn is_evictable(&self, block: BlockId) -> bool {

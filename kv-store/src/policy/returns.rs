@@ -186,7 +186,9 @@ impl Returns {
     /// the text then has another block in its place.
     fn cut_end(&mut self, block: BlockId, now_ms: u64) {
         let past = self.past(block);
-        let Some(run) = self.runs.get_mut(past.run) else { return };
+        let Some(run) = self.runs.get_mut(past.run) else {
+            return;
+        };
         let is_end = run.end.take() == Some(block);
         if !is_end || past.uses > 1 || run.traits.kind == UseKind::End {
             return;
@@ -305,7 +307,11 @@ impl Policy for Returns {
                         returned: deepest.depth + 1,
                         blocks: deepest.depth + 1,
                         long: false,
-                        gap_ms: if kind == UseKind::Own { chain_gap_ms } else { gap_ms },
+                        gap_ms: if kind == UseKind::Own {
+                            chain_gap_ms
+                        } else {
+                            gap_ms
+                        },
                     };
                     self.begin(traits, now_ms)
                 }
@@ -360,14 +366,42 @@ impl Policy for Returns {
         self.hazards.look(run.cell, hazard::bucket(age_ms))
     }
 
-    fn coldest(&self, count: usize, now: Instant) -> Vec<BlockId> {
-        let leaves = self.listed.iter().filter_map(|(_, _, id)| {
-            let leaf = self.leaf(*id)?;
-            Some((self.worth(leaf, now), *id, leaf))
-        });
-        let mut leaves: Vec<(f32, RunId, BlockId)> = leaves.collect();
-        leaves.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-        let leaves = leaves.into_iter().map(|(_, _, leaf)| leaf);
+    /// The run of the block has waited for as long as makes it worth no more.
+    fn lower(&mut self, block: BlockId, worth: f32, now: Instant) {
+        let now_ms = self.clock.advance(now);
+        let id = self.past(block).run;
+        let Some(run) = self.runs.get(id) else { return };
+        let (cell, leaf) = (run.cell, run.leaf);
+        let waited = hazard::bucket(now_ms - run.used_ms);
+        let enough = (waited..hazard::BUCKETS).find(|bucket| self.hazards.look(cell, *bucket) <= worth);
+        let used_ms = now_ms.saturating_sub(hazard::bucket_start_ms(enough.unwrap_or(waited)));
+        if used_ms >= run.used_ms {
+            return;
+        }
+        if let Some((leaf, _)) = leaf {
+            self.unlist(leaf);
+        }
+        if let Some(run) = self.runs.get_mut(id) {
+            run.used_ms = used_ms;
+        }
+        if let Some((leaf, _)) = leaf {
+            self.list(id, leaf, now_ms);
+        }
+    }
+
+    fn coldest(&self, count: usize, _now: Instant) -> Vec<BlockId> {
+        // Lists are few beside runs, and all runs of a list are worth the same, as of when they were put there.
+        let mut lists: Vec<(f32, Cell, u8)> = Vec::new();
+        let mut next = self.listed.first();
+        while let Some((cell, bucket, _)) = next {
+            lists.push((self.hazards.look(*cell, usize::from(*bucket)), *cell, *bucket));
+            next = self.listed.range((*cell, bucket + 1, 0)..).next();
+        }
+        lists.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+        let runs = lists
+            .into_iter()
+            .flat_map(|(_, cell, bucket)| self.listed.range((cell, bucket, 0)..(cell, bucket + 1, 0)));
+        let leaves = runs.filter_map(|(_, _, id)| self.leaf(*id));
         self.forgotten.iter().copied().chain(leaves).take(count).collect()
     }
 

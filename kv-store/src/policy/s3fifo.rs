@@ -180,11 +180,19 @@ impl Policy for S3Fifo {
     }
 
     fn coldest(&self, count: usize, _now: Instant) -> Vec<BlockId> {
-        let mut blocks: Vec<BlockId> = self.small.iter().chain(&self.main).map(|(_, block)| *block).collect();
+        let mut blocks: Vec<BlockId> = self
+            .small
+            .iter()
+            .chain(&self.main)
+            .map(|(_, block)| *block)
+            .collect();
         // Stable, so that of equals the older ones come first.
         blocks.sort_by_key(|block| {
             let entry = self.entry(*block);
-            (entry.uses + u8::from(entry.queue == Queue::Main), entry.queue == Queue::Main)
+            (
+                entry.uses + u8::from(entry.queue == Queue::Main),
+                entry.queue == Queue::Main,
+            )
         });
         blocks.truncate(count);
         blocks

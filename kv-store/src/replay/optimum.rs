@@ -55,18 +55,24 @@ pub fn belady(requests: &[Request], capacity: usize) -> Hits {
         hits.held += held as u64;
         hits.asked += request.blocks.len() as u64;
         for block in &request.blocks {
-            let Some(node) = nodes.get_mut(block) else { continue };
+            let Some(node) = nodes.get_mut(block) else {
+                continue;
+            };
             leaves.remove(&node.key(*block));
             node.uses.pop();
             node.busy = true;
         }
         for block in &request.blocks[held..] {
             if held_count == capacity {
-                let Some((_, _, victim)) = leaves.pop_last() else { break };
+                let Some((_, _, victim)) = leaves.pop_last() else {
+                    break;
+                };
                 drop_leaf(&mut nodes, &mut leaves, victim);
                 held_count -= 1;
             }
-            let Some(node) = nodes.get_mut(block) else { continue };
+            let Some(node) = nodes.get_mut(block) else {
+                continue;
+            };
             node.held = true;
             held_count += 1;
             let parent = node.parent;
@@ -75,7 +81,9 @@ pub fn belady(requests: &[Request], capacity: usize) -> Hits {
             }
         }
         for block in &request.blocks {
-            let Some(node) = nodes.get_mut(block) else { continue };
+            let Some(node) = nodes.get_mut(block) else {
+                continue;
+            };
             node.busy = false;
             if node.is_evictable() {
                 leaves.insert(node.key(*block));
@@ -86,10 +94,14 @@ pub fn belady(requests: &[Request], capacity: usize) -> Hits {
 }
 
 fn drop_leaf(nodes: &mut HashMap<u64, Node>, leaves: &mut BTreeSet<(usize, usize, u64)>, victim: u64) {
-    let Some(node) = nodes.get_mut(&victim) else { return };
+    let Some(node) = nodes.get_mut(&victim) else {
+        return;
+    };
     node.held = false;
     let Some(parent_block) = node.parent else { return };
-    let Some(parent) = nodes.get_mut(&parent_block) else { return };
+    let Some(parent) = nodes.get_mut(&parent_block) else {
+        return;
+    };
     parent.children -= 1;
     if parent.is_evictable() {
         leaves.insert(parent.key(parent_block));

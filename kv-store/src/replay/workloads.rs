@@ -71,7 +71,11 @@ struct Making {
 
 impl Making {
     fn last_ms(&self) -> u64 {
-        self.requests.iter().map(|request| request.at_ms).max().unwrap_or(0)
+        self.requests
+            .iter()
+            .map(|request| request.at_ms)
+            .max()
+            .unwrap_or(0)
     }
 
     fn new_blocks(&mut self, count: u64) -> Vec<u64> {
@@ -108,7 +112,11 @@ impl Making {
             let mut blocks = system.clone();
             blocks.extend(self.new_blocks(length));
             // People are quick or slow.
-            let pause_ms = if self.random.below(2) == 0 { 40_000.0 } else { 240_000.0 };
+            let pause_ms = if self.random.below(2) == 0 {
+                40_000.0
+            } else {
+                240_000.0
+            };
             self.chain(at_ms as u64, blocks, turns, pause_ms, 4);
         }
     }

@@ -21,6 +21,7 @@ fn acquire(store: &Store, hashes: &[BlockHash], lease_ttl_ms: u64) -> v1::Acquir
     v1::AcquireRequest {
         kv_root: root(store),
         hashes: convert::hashes_to_wire(hashes),
+        moved: false,
         lease_ttl_ms,
     }
 }

@@ -14,12 +14,13 @@ impl BlockTable {
         let cached: HashMap<BlockId, &Cached> = ids()
             .filter_map(|(block, slot)| match &slot.state {
                 SlotState::Cached(cached) => Some((block, cached)),
-                SlotState::Free | SlotState::Owned => None,
+                SlotState::Free | SlotState::Owned | SlotState::Detached { .. } => None,
             })
             .collect();
         let count = |wanted: fn(&SlotState) -> bool| ids().filter(|(_, slot)| wanted(&slot.state)).count();
         assert_eq!(self.free.len(), count(|state| matches!(state, SlotState::Free)));
-        assert_eq!(self.owned, count(|state| matches!(state, SlotState::Owned)));
+        let used = |state: &SlotState| matches!(state, SlotState::Owned | SlotState::Detached { .. });
+        assert_eq!(self.owned, count(used));
         let free: BTreeSet<BlockId> = self.free.iter().copied().collect();
         assert_eq!(free.len(), self.free.len(), "a slot is in the free list twice");
         assert!(
@@ -62,7 +63,15 @@ impl BlockTable {
             *leased.entry(*block).or_default() += 1;
         }
         for (block, pins) in leased {
-            assert!(cached.get(&block).is_some_and(|one| one.pins as usize >= pins));
+            let held = match &self.slot(block).state {
+                SlotState::Cached(one) => one.pins,
+                SlotState::Detached { pins } => *pins,
+                SlotState::Free | SlotState::Owned => 0,
+            };
+            assert!(
+                held as usize >= pins,
+                "block {block} has {held} pins, but {pins} leases"
+            );
         }
     }
 }

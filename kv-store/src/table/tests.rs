@@ -92,8 +92,13 @@ impl Model {
         assert_eq!(self.held[&victim].pins, 0);
         assert!(!self.has_child(victim), "leaves go first");
         if eviction == Eviction::Lru {
-            let leaves = self.held.iter().filter(|(node, held)| held.pins == 0 && !self.has_child(**node));
-            let oldest = leaves.min_by_key(|(_, held)| held.last_use).map(|(node, _)| *node);
+            let leaves = self
+                .held
+                .iter()
+                .filter(|(node, held)| held.pins == 0 && !self.has_child(**node));
+            let oldest = leaves
+                .min_by_key(|(_, held)| held.last_use)
+                .map(|(node, _)| *node);
             assert_eq!(Some(victim), oldest);
         }
         self.held.remove(&victim);
@@ -182,7 +187,8 @@ impl Run {
 
     /// Blocks that the table has evicted since its log was read.
     fn evicted(&self) -> Vec<u8> {
-        let crate::log::Resume::Entries(entries) = self.table.log().since(self.read_to + 1, usize::MAX) else {
+        let crate::log::Resume::Entries(entries) = self.table.log().since(self.read_to + 1, usize::MAX)
+        else {
             panic!("the log is long enough for this test");
         };
         let removed = entries.into_iter().filter_map(|entry| match entry.event {
@@ -290,7 +296,10 @@ impl Run {
         };
         let block = self.model.owned[at];
         let now = self.now();
-        match self.table.commit(block, parent(node), hash(node), checksum(node), now) {
+        match self
+            .table
+            .commit(block, parent(node), hash(node), checksum(node), now)
+        {
             Committed::Stored(descriptor) => {
                 assert!(node == 1 || self.model.held.contains_key(&(node / 2)));
                 assert_eq!((descriptor.block, descriptor.hash), (block, hash(node)));
@@ -318,7 +327,9 @@ impl Run {
     fn lease(&mut self, node: u8, ttl: u64) {
         let expires_ms = self.elapsed_ms + ttl;
         let expires = self.begun + Duration::from_millis(expires_ms);
-        let leased = self.table.lease(&hashes(&path(node)), expires, self.now());
+        let leased = self
+            .table
+            .lease(&hashes(&path(node)), Purpose::Request, expires, self.now());
         if self.leases.len() == LEASES_MAX {
             assert_eq!(
                 leased,
@@ -456,7 +467,10 @@ fn allocation_is_all_or_nothing_and_evicts_nothing_in_vain() {
     assert_eq!((error.needed, error.available, error.capacity), (3, 2, 4));
     assert_eq!(error.code(), ErrorCode::Overloaded);
     assert_eq!(table.counts().cached, 3, "a failed allocation evicts nothing");
-    assert_eq!(table.allocate(5, Instant::now()).unwrap_err().code(), ErrorCode::Invalid);
+    assert_eq!(
+        table.allocate(5, Instant::now()).unwrap_err().code(),
+        ErrorCode::Invalid
+    );
     assert_eq!(table.allocate(2, Instant::now()).unwrap().len(), 2);
     assert_eq!(table.match_len(&hashes(&[1, 2])), 2);
 }
@@ -482,10 +496,17 @@ fn a_pool_of_one_block_works() {
 fn lease_ids_of_two_incarnations_differ() {
     let mut table = filled(2, &[1]);
     let far = Instant::now() + Duration::from_secs(60);
-    let (first, _) = table.lease(&hashes(&[1]), far, Instant::now()).unwrap().unwrap();
+    let (first, _) = table
+        .lease(&hashes(&[1]), Purpose::Request, far, Instant::now())
+        .unwrap()
+        .unwrap();
     assert_eq!(first, LeaseId(100));
     assert!(!table.release(LeaseId(99), Instant::now()));
-    assert_eq!(table.lease(&hashes(&[9]), far, Instant::now()), Ok(None), "a miss takes no lease");
+    assert_eq!(
+        table.lease(&hashes(&[9]), Purpose::Request, far, Instant::now()),
+        Ok(None),
+        "a miss takes no lease"
+    );
 }
 
 #[test]

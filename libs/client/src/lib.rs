@@ -7,6 +7,7 @@
 //! repeat).
 
 mod blocks;
+mod cache;
 mod call;
 mod decode;
 mod inference;
@@ -15,6 +16,9 @@ mod store;
 mod transfer;
 
 pub use blocks::{Blocks, Buffer, Place};
+pub use cache::{
+    Cache, ExportStream, ExportedChain, Located, PinnedChain, RankedBlock, Verification, VerifyStream,
+};
 pub use call::UNARY_DEADLINE;
 pub use decode::{Decode, DecodeEvent, DecodeStream};
 pub use inference::{ClusterStatus, GenerateEvent, GenerateStream, Inference, NodeStatus};

@@ -118,6 +118,7 @@ impl Store {
             kv_root: kv_root.0.to_vec(),
             hashes: proto::convert::hashes_to_wire(hashes),
             lease_ttl_ms: millis(lease_ttl),
+            moved: false,
         };
         let request = call::request(request, self.deadline);
         let response = call::unary("KvStore/Acquire", self.deadline, client.acquire(request)).await?;

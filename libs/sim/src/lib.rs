@@ -7,6 +7,7 @@
 //! What it leaves out: batches slow each other down only through a step's length, links are never shared, and admission
 //! takes everything.
 
+pub mod cooperation;
 mod node;
 
 use std::cmp::Reverse;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kv_store::table::{BlockTable, Committed, Parent, TableLimits};
+use kv_store::table::{BlockTable, Committed, Parent, Purpose, TableLimits};
 use router::cost::Pressure;
 use router::placement::NodeView;
 use types::{BlockEvent, BlockHash, Checksum, Millis, NodeId, Role};
@@ -93,35 +93,7 @@ impl Node {
     /// Puts as many blocks of the chain into the pool as fit, and gives what the log says of it.
     pub(crate) fn keep(&mut self, chain: &[BlockHash], now_ms: f64) -> Vec<BlockEvent> {
         let now = self.begun + Duration::from_secs_f64(now_ms / 1000.0);
-        let mut pinned: Vec<_> = self
-            .table
-            .match_prefix(chain, now)
-            .into_iter()
-            .map(|block| block.block)
-            .collect();
-        for index in pinned.len()..chain.len() {
-            let Ok(blocks) = self.table.allocate(1, now) else { break };
-            let parent = match index.checked_sub(1) {
-                // The simulated blocks have no bytes; any hash that is no block's will do for the root.
-                None => Parent::Root(BlockHash::default()),
-                Some(before) => Parent::Block(chain[before]),
-            };
-            match self.table.commit(blocks[0], parent, chain[index], Checksum(0), now) {
-                Committed::Stored(block) => pinned.push(block.block),
-                Committed::Duplicate(block) => {
-                    self.table.free(blocks[0]);
-                    pinned.push(block.block);
-                }
-                Committed::Orphan => {
-                    self.table.free(blocks[0]);
-                    break;
-                }
-            }
-        }
-        // The last block first, as a sequence ends.
-        for block in pinned.into_iter().rev() {
-            self.table.unpin(block, now);
-        }
+        keep(&mut self.table, chain, Purpose::Request, now);
         self.events()
     }
 
@@ -133,5 +105,37 @@ impl Node {
             }
             kv_store::log::Resume::SnapshotNeeded => Vec::new(),
         }
+    }
+}
+
+/// Puts as many blocks of the chain into the pool as fit.
+pub(crate) fn keep(table: &mut BlockTable, chain: &[BlockHash], purpose: Purpose, now: Instant) {
+    let held = match purpose {
+        Purpose::Request => table.match_prefix(chain, now),
+        Purpose::Move => table.pin_run(chain),
+    };
+    let mut pinned: Vec<_> = held.into_iter().map(|block| block.block).collect();
+    for index in pinned.len()..chain.len() {
+        let Ok(blocks) = table.allocate(1, now) else { break };
+        let parent = match index.checked_sub(1) {
+            // The simulated blocks have no bytes; any hash that is no block's will do for the root.
+            None => Parent::Root(BlockHash::default()),
+            Some(before) => Parent::Block(chain[before]),
+        };
+        match table.commit(blocks[0], parent, chain[index], Checksum(0), now) {
+            Committed::Stored(block) => pinned.push(block.block),
+            Committed::Duplicate(block) => {
+                table.free(blocks[0]);
+                pinned.push(block.block);
+            }
+            Committed::Orphan => {
+                table.free(blocks[0]);
+                break;
+            }
+        }
+    }
+    // The last block first, as a sequence ends.
+    for block in pinned.into_iter().rev() {
+        table.unpin(block, now);
     }
 }

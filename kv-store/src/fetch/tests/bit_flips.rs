@@ -47,6 +47,7 @@ async fn every_bit_that_changes_in_a_fetch_is_caught_counted_and_its_block_compu
         let (sources, channels) = ([source(&peer, CHAIN)], channels());
         loop {
             let fetch = Fetch {
+                purpose: Purpose::Request,
                 root: store.common_root(),
                 chain: &chain,
                 from: sequence.shared_blocks(),

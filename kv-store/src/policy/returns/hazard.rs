@@ -79,7 +79,11 @@ pub(super) struct Cell(u16);
 impl Traits {
     /// Times the chain was continued. Where most of it is new, what it shares with another chain is a common beginning.
     pub(super) fn turns(&self) -> u16 {
-        if 2 * self.returned >= self.blocks { self.turns } else { self.turns.min(1) }
+        if 2 * self.returned >= self.blocks {
+            self.turns
+        } else {
+            self.turns.min(1)
+        }
     }
 
     pub(super) fn cell(&self) -> Cell {
@@ -121,7 +125,11 @@ impl Cell {
 /// The bucket of a waiting time.
 pub(super) fn bucket(age_ms: u64) -> usize {
     let halves = (age_ms as f64 / FIRST_BUCKET_MS).log2() * 2.0;
-    if halves < 0.0 { 0 } else { (1 + halves as usize).min(BUCKETS - 1) }
+    if halves < 0.0 {
+        0
+    } else {
+        (1 + halves as usize).min(BUCKETS - 1)
+    }
 }
 
 /// Where a bucket begins.
