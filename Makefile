@@ -10,7 +10,7 @@ USES_UCX := package(transfer) | package(ucx-sys) | binary(conversation) | binary
 
 export PERIGEE_MODEL ?= $(CURDIR)/$(MODEL)
 
-.PHONY: demo test bench bench-transfer bench-store bench-cooperative lint format build setup setup-test clean help
+.PHONY: demo test bench bench-transfer bench-store bench-eviction bench-cooperative lint format build setup setup-test clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,6 +37,9 @@ bench-store: setup ## Measure a store node beside Mooncake Store; writes docs/pe
 
 bench-cooperative: ## Simulate pools that hold blocks for each other, over TRACE=a trace of block ids; see docs/cooperation.md
 	$(CARGO) run --release --locked -p sim --example cooperation -- $(TRACE)
+
+bench-eviction: setup ## Replay traces against every eviction policy and the optimum; writes docs/eviction.md
+	python3 scripts/bench_eviction.py $(BENCH)
 
 lint: setup ## Formatting, clippy, documentation, dependency rules
 	$(CARGO) fmt --all --check

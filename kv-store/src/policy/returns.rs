@@ -155,7 +155,8 @@ impl Returns {
         before.map_or_else(Traits::default, |(depth, run)| Traits {
             turns: run.traits.turns,
             returned: run.traits.returned.min(depth + 1),
-            gap_ms: run.traits.gap_ms,
+            // How often others use what is shared says nothing of this chain.
+            gap_ms: run.traits.gap_ms.filter(|_| run.traits.kind == UseKind::Own),
             ..Traits::default()
         })
     }

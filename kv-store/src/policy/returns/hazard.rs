@@ -17,8 +17,8 @@ use std::array;
 pub(super) const BUCKETS: usize = 44;
 /// Two buckets each.
 const OCTAVES: usize = BUCKETS / 2;
-/// Where the second bucket begins. The last one begins after 37 hours.
-const FIRST_BUCKET_MS: f64 = 62.5;
+/// Where the second bucket begins. The last one begins after six days.
+const FIRST_BUCKET_MS: f64 = 250.0;
 
 const USE_KINDS: usize = 4;
 const TURNS: usize = 7;
