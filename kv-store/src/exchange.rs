@@ -463,9 +463,9 @@ impl Exchange {
                 match cursor.next(store) {
                     None => break,
                     Some(Verified::Good | Verified::Gone) => {}
-                    Some(Verified::Corrupt { path, dropped }) => {
-                        tracing::error!(hash = ?path.hashes.last(), dropped, "a cached block is corrupt and was dropped");
-                        self.repair(&path).await;
+                    Some(Verified::Corrupt { paths, dropped }) => {
+                        tracing::error!(dropped, "a cached block is corrupt and was dropped");
+                        self.repair(&paths).await;
                     }
                 }
                 tokio::task::yield_now().await;
@@ -473,35 +473,42 @@ impl Exchange {
         }
     }
 
-    /// Gets a chain again that lost its end to a corrupt block, from a peer that has it.
-    async fn repair(&self, path: &Path) {
-        let candidate = Candidate {
-            path: path.clone(),
-            worth: 0.0,
-        };
-        let peers = self.peers();
-        let reports = self.quotes(&peers, &[candidate]).await;
-        let sources: Vec<Source> = reports
+    /// Gets chains again that lost their ends to a corrupt block, from the peers that have most of them.
+    async fn repair(&self, paths: &[Path]) {
+        let candidates: Vec<Candidate> = paths
             .iter()
-            .map(|(peer, report)| Source {
-                grpc_endpoint: peer.record.grpc_endpoint.clone(),
-                blocks: report.held.first().copied().unwrap_or_default(),
+            .map(|path| Candidate {
+                path: path.clone(),
+                worth: 0.0,
             })
             .collect();
-        let fetch = Fetch {
-            purpose: Purpose::Move,
-            root: path.root,
-            chain: &path.hashes,
-            from: 0,
-            sources: &sources,
-            deadline: Instant::now() + REPAIR_TIMEOUT,
-        };
-        let fetched = fetch_prefix(self.cache.store(), self.cache.channels(), fetch).await;
-        tracing::info!(
-            blocks = path.hashes.len(),
-            held = fetched.blocks.len(),
-            "looked for a corrupt block at the peers"
-        );
+        let peers = self.peers();
+        let reports = self.quotes(&peers, &candidates).await;
+        let deadline = Instant::now() + REPAIR_TIMEOUT;
+        for (index, path) in paths.iter().enumerate() {
+            let mut sources: Vec<Source> = reports
+                .iter()
+                .map(|(peer, report)| Source {
+                    grpc_endpoint: peer.record.grpc_endpoint.clone(),
+                    blocks: report.held.get(index).copied().unwrap_or_default(),
+                })
+                .collect();
+            sources.sort_by_key(|source| std::cmp::Reverse(source.blocks));
+            let fetch = Fetch {
+                purpose: Purpose::Move,
+                root: path.root,
+                chain: &path.hashes,
+                from: 0,
+                sources: &sources,
+                deadline,
+            };
+            let fetched = fetch_prefix(self.cache.store(), self.cache.channels(), fetch).await;
+            tracing::info!(
+                blocks = path.hashes.len(),
+                held = fetched.blocks.len(),
+                "looked at the peers for a chain with a corrupt block"
+            );
+        }
     }
 }
 

@@ -18,6 +18,8 @@ use crate::table::Path;
 const CORRUPTIONS_MAX: usize = 3;
 /// Memory that works flips a bit in months, not in hours.
 const WINDOW: Duration = Duration::from_secs(3600);
+/// Chains through one corrupt block that are looked for again.
+const PATHS_MAX: usize = 64;
 /// Blocks of one part of a pass that somebody waits for.
 const PART_BLOCKS: usize = 64;
 
@@ -54,8 +56,8 @@ pub(crate) enum Verified {
     Gone,
     /// It was forgotten, with what continued it.
     Corrupt {
-        /// The chain that it ends.
-        path: Path,
+        /// The chains that it was part of, to their ends.
+        paths: Vec<Path>,
         /// Blocks that were dropped, itself included.
         dropped: usize,
     },
@@ -79,15 +81,10 @@ impl Cursor {
             None => Some(Verified::Gone),
             Some(true) => Some(Verified::Good),
             Some(false) => {
-                let path = store.table().path(hash);
-                let dropped = store
-                    .with_table(|table| table.forget(hash, crate::store::now()))
-                    .len();
+                let paths = store.table().paths_through(hash, PATHS_MAX);
+                let dropped = store.with_table(|table| table.forget(hash, crate::store::now())).len();
                 store.note_corrupt(tokio::time::Instant::now().into_std());
-                match path {
-                    Some(path) => Some(Verified::Corrupt { path, dropped }),
-                    None => Some(Verified::Gone),
-                }
+                Some(Verified::Corrupt { paths, dropped })
             }
         }
     }
@@ -126,8 +123,8 @@ impl Pass {
                     return false;
                 }
                 Some(Verified::Good | Verified::Gone) => {}
-                Some(Verified::Corrupt { path, dropped }) => {
-                    tracing::error!(hash = ?path.hashes.last(), dropped, "a cached block is corrupt and was dropped");
+                Some(Verified::Corrupt { dropped, .. }) => {
+                    tracing::error!(dropped, "a cached block is corrupt and was dropped");
                     self.progress.corrupt_blocks += 1;
                     self.progress.dropped_blocks += dropped as u64;
                 }

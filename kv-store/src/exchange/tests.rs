@@ -180,7 +180,7 @@ async fn a_peer_that_is_gone_costs_time_and_nothing_else() {
     let cluster = Cluster::start(3, Faults::default(), config).await;
     let chains = fill(&cluster.peers[0]);
     // Its gRPC answers, but nobody can read from the giver, nor it from anybody.
-    cluster.network.kill("node-0");
+    cluster.network.kill(&cluster.peers[0].transport.endpoint());
     restore(&cluster, 0).await;
     assert!(
         margin_is_free(&cluster.peers[0]),

@@ -134,6 +134,19 @@ impl BlockTable {
         }
     }
 
+    /// The chains that go through a block, from their roots to their ends; at most `count`. Looks at every block of the table.
+    pub fn paths_through(&self, hash: BlockHash, count: usize) -> Vec<Path> {
+        let Some(block) = self.by_hash.get(&hash) else {
+            return Vec::new();
+        };
+        let family = self.with_descendants(*block);
+        let ends = family
+            .into_iter()
+            .map(|block| self.cached(block))
+            .filter(|cached| cached.children == 0);
+        ends.take(count).filter_map(|end| self.path(end.hash)).collect()
+    }
+
     /// Lets go of a block that nobody uses and that has no children. Whether it was held and could go.
     pub fn evict(&mut self, hash: BlockHash, now: Instant) -> bool {
         let Some(block) = self.by_hash.get(&hash).copied() else {
