@@ -115,6 +115,9 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Duplicate, Self::Exhausted, Self::NoTaker, Self::Rate];
+
     /// The name used in metrics.
     pub fn as_str(self) -> &'static str {
         match self {

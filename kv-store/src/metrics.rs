@@ -5,6 +5,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 
+use crate::cooperate::Reason;
 use crate::table::Counts;
 
 /// The metrics of one store. Every slot of the pool is in exactly one of the states.
@@ -53,6 +54,17 @@ impl Metrics {
         );
         let of = |state| states.get_or_create_owned(&StateLabel { state });
         let count = |name, help| metrics.register(name, help, Counter::<u64>::default());
+        let dropped = metrics.register(
+            "perigee_kvstore_dropped_blocks",
+            "Blocks dropped ahead of need, by why they were not offered to a peer",
+            Family::<ReasonLabel, Counter>::default(),
+        );
+        for reason in Reason::ALL {
+            // So that all of them show from the start.
+            let _ = dropped.get_or_create_owned(&ReasonLabel {
+                reason: reason.as_str(),
+            });
+        }
         Self {
             free: of("free"),
             owned: of("owned"),
@@ -107,11 +119,7 @@ impl Metrics {
                 "perigee_kvstore_peer_failures",
                 "Questions and offers that a peer did not answer in time",
             ),
-            dropped: metrics.register(
-                "perigee_kvstore_dropped_blocks",
-                "Blocks dropped ahead of need, by why they were not offered to a peer",
-                Family::default(),
-            ),
+            dropped,
         }
     }
 

@@ -3,6 +3,7 @@
 //! `cooperation TRACE.jsonl`: one JSON object per line, with `timestamp` in milliseconds and `hash_ids`, chained ids of blocks of
 //! 512 tokens.
 
+use std::process::ExitCode;
 use std::time::Duration;
 
 use kv_store::Eviction;
@@ -12,21 +13,21 @@ use sim::cooperation::{Pools, Routing, prompts_of_trace, run};
 const BLOCK_TOKENS: usize = 512;
 const NODE_TOKENS: usize = 3_000_000;
 
-fn main() {
+fn main() -> ExitCode {
     let Some(path) = std::env::args().nth(1) else {
         eprintln!("usage: cooperation TRACE.jsonl");
-        std::process::exit(64);
+        return ExitCode::from(64);
     };
     let text = match std::fs::read_to_string(&path) {
         Ok(text) => text,
         Err(error) => {
             eprintln!("{path}: {error}");
-            std::process::exit(66);
+            return ExitCode::from(66);
         }
     };
     let Some(prompts) = prompts_of_trace(&text) else {
         eprintln!("{path}: a line is no request of a trace");
-        std::process::exit(65);
+        return ExitCode::from(65);
     };
     let blocks = NODE_TOKENS / BLOCK_TOKENS;
     let limits = Limits {
@@ -85,4 +86,5 @@ fn main() {
             );
         }
     }
+    ExitCode::SUCCESS
 }
