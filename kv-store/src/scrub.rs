@@ -82,7 +82,9 @@ impl Cursor {
             Some(true) => Some(Verified::Good),
             Some(false) => {
                 let paths = store.table().paths_through(hash, PATHS_MAX);
-                let dropped = store.with_table(|table| table.forget(hash, crate::store::now())).len();
+                let dropped = store
+                    .with_table(|table| table.forget(hash, crate::store::now()))
+                    .len();
                 store.note_corrupt(tokio::time::Instant::now().into_std());
                 Some(Verified::Corrupt { paths, dropped })
             }
