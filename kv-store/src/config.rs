@@ -29,6 +29,8 @@ pub struct Config {
     pub fetches_max: usize,
     /// Bytes that one fetch has in flight: what is lost when the peer dies.
     pub fetch_batch_bytes: u64,
+    /// Prefixes that are read from disk ahead of their request at a time.
+    pub prefetches_max: usize,
     /// Longest wait for a peer's answer to `Acquire`.
     pub acquire_timeout: Duration,
     /// Which block goes when memory is short.
@@ -70,6 +72,8 @@ impl Default for Config {
             fetches_max: 16,
             // Some milliseconds at 10 Gbit/s, and large against a round trip.
             fetch_batch_bytes: 16 << 20,
+            // Hints beyond it would only make the disk slower for those that are here.
+            prefetches_max: 16,
             // A peer that needs longer is no faster than computing.
             acquire_timeout: Duration::from_secs(2),
             // What hits most on all traces we know: see docs/eviction.md.

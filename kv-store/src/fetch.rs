@@ -1,4 +1,4 @@
-//! Fetching the cached prefix of a prompt from peers.
+//! Fetching the cached prefix of a prompt: from this node's own disk, and from peers.
 //!
 //! Invariant: what comes back is pinned, verified and continues the prefix that the caller holds. Everything that
 //! can go wrong (a peer that dropped the blocks, lies, stalls or dies, a full pool) only makes it shorter:
@@ -6,7 +6,7 @@
 //!
 //! Requests of one node that want the same blocks at the same time fetch them once.
 //!
-//! Elsewhere: which peers to ask (`router`), the other side (`service.rs`).
+//! Elsewhere: which peers to ask (`router`), the other side (`service.rs`), the disk (`tiers.rs`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +21,7 @@ use types::{BlockHash, Checksum, Epoch, Error};
 
 use crate::store::{BlockPin, Corrupt, OwnedBlock, Store};
 use crate::table::Purpose;
+use crate::tiers;
 
 mod flights;
 
@@ -77,7 +78,9 @@ pub struct Fetch<'a> {
 pub struct FetchOutcome {
     /// The blocks of the chain from [`Fetch::from`] on, as many as could be had.
     pub blocks: Vec<BlockPin>,
-    /// Bytes that were moved for this fetch and found good.
+    /// Those of them that came from this node's own disk.
+    pub promoted: usize,
+    /// Bytes that peers moved for this fetch and that were found good.
     pub bytes: u64,
     /// What moved them, such as `tcp`; `none` if nothing moved.
     pub transport: &'static str,
@@ -114,7 +117,11 @@ pub async fn fetch_prefix(store: &Store, channels: &Channels, fetch: Fetch<'_>) 
         outcome.blocks.extend(store.pin_held(rest));
         let next = fetch.from + outcome.blocks.len();
         let rest = fetch.chain.get(next..).unwrap_or_default();
-        if rest.is_empty() || fetch.sources.is_empty() || fetch.deadline <= Instant::now() {
+        let Some(first) = rest.first() else {
+            break;
+        };
+        let has_source = !fetch.sources.is_empty() || tiers::is_promotable(store, first);
+        if !has_source || fetch.deadline <= Instant::now() {
             break;
         }
         match store.inner().flights.claim(rest) {
@@ -135,12 +142,32 @@ pub async fn fetch_prefix(store: &Store, channels: &Channels, fetch: Fetch<'_>) 
     outcome
 }
 
-/// Fetches the chain's blocks up to `end`, which nobody else is fetching, from one source after the other.
+/// Brings what this node's own disk has of the chain into memory, without asking any peer. The blocks come back pinned: those that
+/// were in memory, and those that came in time.
+pub async fn promote_prefix(store: &Store, chain: &[BlockHash], deadline: Instant) -> Vec<BlockPin> {
+    let fetch = Fetch {
+        purpose: Purpose::Request,
+        root: store.common_root(),
+        chain,
+        from: 0,
+        sources: &[],
+        deadline,
+    };
+    fetch_prefix(store, &Channels::new(), fetch).await.blocks
+}
+
+/// Fetches the chain's blocks up to `end`, which nobody else is fetching, from one source after the other. The node's own disk
+/// comes first: it costs no peer anything.
 async fn lead(store: &Store, channels: &Channels, fetch: Fetch<'_>, end: usize, outcome: &mut FetchOutcome) {
     let permit = timeout_at(fetch.deadline, store.inner().fetch_permits.acquire()).await;
     let Ok(Ok(_permit)) = permit else {
         return;
     };
+    let next = fetch.from + outcome.blocks.len();
+    let share = share_of(fetch.deadline, fetch.sources.is_empty());
+    let promoted = tiers::promote(store, &fetch.chain[next..end], share).await;
+    outcome.promoted += promoted.len();
+    outcome.blocks.extend(promoted);
     for (i, source) in fetch.sources.iter().enumerate() {
         let next = fetch.from + outcome.blocks.len();
         let remaining = fetch.deadline.saturating_duration_since(Instant::now());
@@ -150,17 +177,11 @@ async fn lead(store: &Store, channels: &Channels, fetch: Fetch<'_>, end: usize, 
         if source.blocks <= next {
             continue;
         }
-        // A source that stalls leaves time for the ones after it.
-        let share = if i + 1 < fetch.sources.len() {
-            remaining / 2
-        } else {
-            remaining
-        };
         let attempt = Attempt {
             store,
             fetch,
             end: end.min(source.blocks),
-            deadline: Instant::now() + share,
+            deadline: share_of(fetch.deadline, i + 1 == fetch.sources.len()),
         };
         match attempt.run(channels, &source.grpc_endpoint, outcome).await {
             Ok(()) => {}
@@ -171,6 +192,13 @@ async fn lead(store: &Store, channels: &Channels, fetch: Fetch<'_>, end: usize, 
             }
         }
     }
+}
+
+/// When a source's turn ends: one that stalls leaves time for those after it.
+fn share_of(deadline: Instant, is_last: bool) -> Instant {
+    let now = Instant::now();
+    let remaining = deadline.saturating_duration_since(now);
+    now + if is_last { remaining } else { remaining / 2 }
 }
 
 /// One source's turn.

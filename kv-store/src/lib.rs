@@ -14,6 +14,7 @@
 //! - [`table`]: slots, hashes, pins, leases; [`policy`]: what is evicted; [`replay`]: how well; [`expiring`]: promises that end by themselves;
 //! - [`cooperate`]: which blocks go to a peer instead of being dropped;
 //! - [`log`] and [`follower`]: the numbered log and its reader's side;
+//! - [`disk`]: the disk tier's own table, files and breaker; `tiers.rs`: what moves between the pool and the disk;
 //! - [`store`]: the table and the bytes behind one handle, with guards; [`sequence`]: the blocks of one sequence;
 //! - [`service`]: what peers may ask; [`fetch`]: asking peers;
 //! - [`Cache`]: what peers and people may ask beside; [`Exchange`]: giving blocks to peers, in the background, together with the
@@ -28,6 +29,7 @@ mod cache;
 pub mod config;
 pub mod cooperate;
 mod digest;
+pub mod disk;
 mod exchange;
 pub mod expiring;
 pub mod fetch;
@@ -44,12 +46,13 @@ pub mod service;
 pub mod store;
 pub mod store_node;
 pub mod table;
+mod tiers;
 pub mod transfers;
 
 pub use cache::Cache;
 pub use config::Config;
 pub use exchange::Exchange;
-pub use fetch::{Fetch, FetchOutcome, Source, fetch_prefix};
+pub use fetch::{Fetch, FetchOutcome, Source, fetch_prefix, promote_prefix};
 pub use follower::Follower;
 pub use policy::Eviction;
 pub use sequence::SequenceBlocks;

@@ -8,6 +8,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use crate::cooperate::Reason;
 use crate::table::Counts;
 
+mod disk;
+
+pub(crate) use disk::DiskMetrics;
+
 /// The metrics of one store. Every slot of the pool is in exactly one of the states.
 #[derive(Debug)]
 pub(crate) struct Metrics {
@@ -26,6 +30,7 @@ pub(crate) struct Metrics {
     pub(crate) leases_expired: Counter,
     pub(crate) reservations_expired: Counter,
     pub(crate) watch_snapshots: Counter,
+    pub(crate) disk: DiskMetrics,
     pub(crate) quarantined: Gauge,
     pub(crate) scrubbed_bytes: Counter,
     pub(crate) offered_blocks: Counter,
@@ -120,6 +125,7 @@ impl Metrics {
                 "Questions and offers that a peer did not answer in time",
             ),
             dropped,
+            disk: DiskMetrics::register(metrics),
         }
     }
 

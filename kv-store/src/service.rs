@@ -19,7 +19,8 @@ use transfer::{Calls, RemoteRegion};
 use types::{BlockHash, Error, ErrorCode, LeaseId};
 
 use crate::expiring::Full;
-use crate::store::{self, Store};
+use crate::fetch::promote_prefix;
+use crate::store::{self, BlockPin, Store};
 use crate::table::Purpose;
 
 mod calls;
@@ -117,7 +118,7 @@ impl Service {
         convert::hashes("hashes", hashes)
     }
 
-    fn acquire(&self, request: &v1::AcquireRequest) -> Result<v1::AcquireResponse, Error> {
+    async fn acquire(&self, request: &v1::AcquireRequest) -> Result<v1::AcquireResponse, Error> {
         self.check_root(&request.kv_root)?;
         let hashes = self.read_hashes(&request.hashes)?;
         let config = self.store.config();
@@ -132,6 +133,8 @@ impl Service {
         } else {
             &hashes
         };
+        // Held until they are leased.
+        let _promoted = self.promote(given).await;
         let leased = self
             .store
             .with_table(|table| table.lease(given, purpose, expires, store::now()));
@@ -150,6 +153,28 @@ impl Service {
             lease_id: lease.0,
             blocks: blocks.collect(),
             region: Some(region_to_wire(self.store.exposed())),
+        })
+    }
+
+    /// Brings what is on disk of the chain into memory, for as long as a disk is waited for.
+    async fn promote(&self, hashes: &[BlockHash]) -> Vec<BlockPin> {
+        match self.store.disk() {
+            None => Vec::new(),
+            Some(disk) => {
+                let deadline = Instant::now() + disk.bounds().promote_timeout;
+                promote_prefix(&self.store, hashes, deadline).await
+            }
+        }
+    }
+
+    /// Begins to read what is on disk of the chain, if not too many others are being read.
+    fn prefetch(&self, request: &v1::PrefetchRequest) -> Result<v1::PrefetchResponse, Error> {
+        self.check_root(&request.kv_root)?;
+        let hashes = self.read_hashes(&request.hashes)?;
+        let (held, promoting) = self.store.read_ahead(hashes);
+        Ok(v1::PrefetchResponse {
+            held_blocks: held as u64,
+            promoting_blocks: promoting as u64,
         })
     }
 
@@ -184,7 +209,7 @@ impl KvStore for Service {
         &self,
         request: Request<v1::AcquireRequest>,
     ) -> Result<Response<v1::AcquireResponse>, Status> {
-        answer(self.acquire(request.get_ref()))
+        answer(self.acquire(request.get_ref()).await)
     }
 
     async fn release(
@@ -233,6 +258,13 @@ impl KvStore for Service {
             watcher,
             watch::next_batch,
         ))))
+    }
+
+    async fn prefetch(
+        &self,
+        request: Request<v1::PrefetchRequest>,
+    ) -> Result<Response<v1::PrefetchResponse>, Status> {
+        answer(self.prefetch(request.get_ref()))
     }
 
     async fn stats(&self, _: Request<v1::StatsRequest>) -> Result<Response<v1::StatsResponse>, Status> {

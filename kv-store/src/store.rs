@@ -12,7 +12,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Instant;
 
 use tokio::sync::{Semaphore, watch};
@@ -24,6 +24,7 @@ use types::{
 };
 
 use crate::Config;
+use crate::disk::Disk;
 use crate::fetch::Flights;
 use crate::metrics::Metrics;
 use crate::roots::Roots;
@@ -152,11 +153,14 @@ pub(crate) struct Inner {
     exposed: RemoteRegion,
     block_bytes: usize,
     table: Mutex<BlockTable>,
+    /// Below the pool, once it is mounted.
+    pub(crate) disk: OnceLock<Disk>,
     roots: Mutex<Roots>,
     /// Number of the newest log entry.
     changed: watch::Sender<u64>,
     pub(crate) flights: Arc<Flights>,
     pub(crate) fetch_permits: Semaphore,
+    pub(crate) read_ahead_permits: Arc<Semaphore>,
     pub(crate) metrics: Metrics,
     quarantined: AtomicBool,
     health: Mutex<Health>,
@@ -213,10 +217,12 @@ impl Store {
                 exposed,
                 block_bytes,
                 table: Mutex::new(table),
+                disk: OnceLock::new(),
                 roots: Mutex::new(Roots::new(space.clone())),
                 changed: watch::Sender::new(0),
                 flights: Arc::default(),
                 fetch_permits: Semaphore::new(config.fetches_max.max(1)),
+                read_ahead_permits: Arc::new(Semaphore::new(config.prefetches_max)),
                 metrics,
                 quarantined: AtomicBool::new(false),
                 health: Mutex::default(),
@@ -281,6 +287,11 @@ impl Store {
         let bytes = self.inner.block_bytes as u64;
         let start = u64::from(block.0) * bytes;
         start..start + bytes
+    }
+
+    /// Where a block begins in the pool, in bytes.
+    pub(crate) fn offset(&self, block: BlockId) -> usize {
+        block.0 as usize * self.inner.block_bytes
     }
 
     /// The root of a tenant's space, and the hashes of every full block of `tokens` in it. The empty tenant
@@ -380,7 +391,7 @@ impl Store {
         hash: BlockHash,
     ) -> (BlockPin, Option<OwnedBlock>) {
         let checksum = self.checksum(block.block());
-        self.publish(block, parent, hash, checksum)
+        self.publish(block, self.parent(parent), hash, checksum)
     }
 
     /// Verifies a block that a peer wrote, then commits it. A block that fails is freed.
@@ -403,7 +414,7 @@ impl Store {
         hash: BlockHash,
         checksum: Checksum,
     ) -> BlockPin {
-        let (pin, _displaced) = self.publish(block, parent, hash, checksum);
+        let (pin, _displaced) = self.publish(block, self.parent(parent), hash, checksum);
         pin
     }
 
@@ -426,7 +437,7 @@ impl Store {
         let bytes = self.inner.block_bytes;
         let hashed = transfer::memory::with_bytes(
             self.inner.memory.as_ref(),
-            block.0 as usize * bytes,
+            self.offset(block),
             bytes,
             Checksum::of,
         );
@@ -522,14 +533,17 @@ impl Store {
     /// Runs one change of the table, and tells metrics and watchers.
     pub(crate) fn with_table<R>(&self, change: impl FnOnce(&mut BlockTable) -> R) -> R {
         let mut table = self.table();
-        let evicted = table.evictions();
+        let (evicted, left_disk) = (table.evictions(), table.disk().evictions());
         let result = change(&mut table);
         // Inside the lock, so that gauges never go back to older counts.
         self.inner.metrics.set_counts(table.counts());
+        self.inner.metrics.disk.set_counts(table.disk());
         let evicted = table.evictions() - evicted;
+        let left_disk = table.disk().evictions() - left_disk;
         let newest = table.log().last();
         drop(table);
         self.inner.metrics.evicted_blocks.inc_by(evicted);
+        self.inner.metrics.disk.evicted_blocks.inc_by(left_disk);
         self.inner.changed.send_if_modified(|known| {
             let newer = newest > *known;
             *known = newest.max(*known);
@@ -538,18 +552,14 @@ impl Store {
         result
     }
 
-    fn publish(
+    /// Makes a block whose bytes have this checksum available.
+    pub(crate) fn publish(
         &self,
         block: OwnedBlock,
-        parent: BlockHash,
+        parent: Parent,
         hash: BlockHash,
         checksum: Checksum,
     ) -> (BlockPin, Option<OwnedBlock>) {
-        let parent = if self.is_root(parent) {
-            Parent::Root(parent)
-        } else {
-            Parent::Block(parent)
-        };
         let committed = if self.is_quarantined() {
             Committed::Orphan
         } else {
@@ -570,6 +580,14 @@ impl Store {
                 };
                 (BlockPin::private(block, descriptor), None)
             }
+        }
+    }
+
+    fn parent(&self, hash: BlockHash) -> Parent {
+        if self.is_root(hash) {
+            Parent::Root(hash)
+        } else {
+            Parent::Block(hash)
         }
     }
 

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use node::registry::Members;
-use node::{Channels, Identity, LoadSource};
+use node::{Channels, Identity, LoadSource, task};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -15,6 +15,7 @@ use transfer::{TcpTransport, TransferError, Transport};
 use types::{ErrorCode, KvSpace, LoadReport, NodeRecord};
 
 use crate::cache::Cache;
+use crate::disk::{self, OpenError};
 use crate::exchange::Exchange;
 use crate::service::Service;
 use crate::store::{Store, StoreError};
@@ -31,6 +32,8 @@ pub struct Config {
     pub transfer: transfer::tcp::Config,
     /// Bounds and times of the store.
     pub store: crate::Config,
+    /// The disk below the pool, if there is one.
+    pub disk: Option<disk::Config>,
 }
 
 impl Default for Config {
@@ -42,6 +45,8 @@ impl Default for Config {
             transfer_listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             transfer: transfer::tcp::Config::default(),
             store: crate::Config::default(),
+            // A folder and a size that only a deployment knows.
+            disk: None,
         }
     }
 }
@@ -55,6 +60,9 @@ pub enum StartError {
     /// The pool cannot become a store.
     #[error("{0}")]
     Store(#[from] StoreError),
+    /// The disk tier cannot be used.
+    #[error("{0}")]
+    Disk(#[from] OpenError),
 }
 
 impl StartError {
@@ -63,6 +71,7 @@ impl StartError {
         match self {
             Self::Transport(error) => error.code(),
             Self::Store(error) => error.code(),
+            Self::Disk(error) => error.code(),
         }
     }
 }
@@ -97,6 +106,7 @@ impl StoreNode {
             transfer_listen,
             transfer,
             store,
+            disk,
         } = config;
         let host = HostReader::new("/".into(), &transfer.ucx.settings);
         let transport: Arc<dyn Transport> =
@@ -104,6 +114,9 @@ impl StoreNode {
         transfers::register_metrics(metrics, &transport);
         let memory = transport.allocate(capacity_bytes)?;
         let store = Store::new(store, space, identity.epoch, memory, transport, metrics)?;
+        if let Some(disk) = disk {
+            open_disk(&store, disk).await?;
+        }
         let channels = Channels::new();
         Ok(Self {
             service: Service::new(store.clone(), shutdown.clone()),
@@ -160,8 +173,22 @@ impl StoreNode {
 
     /// Does what goes on in the background until shutdown.
     pub async fn run(self) {
-        tokio::join!(self.service.run(), self.transfers.run());
+        tokio::join!(
+            self.service.run(),
+            self.transfers.run(),
+            self.store.run_tiers(self.shutdown.clone())
+        );
     }
+}
+
+/// Reads the whole index, which takes a while for a large disk.
+async fn open_disk(store: &Store, config: disk::Config) -> Result<(), OpenError> {
+    let (store, path) = (store.clone(), config.folder.clone());
+    let opened = task::blocking("disk-open", move || store.open_disk(&config)).await;
+    opened.map_err(|error| OpenError::File {
+        path,
+        reason: error.to_string(),
+    })?
 }
 
 impl LoadSource for StoreNode {

@@ -17,21 +17,23 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use types::{
-    BlockDescriptor, BlockEvent, BlockHash, BlockId, Checksum, ErrorCode, Generation, LeaseId, Tier,
-};
+use types::{BlockDescriptor, BlockHash, BlockId, Checksum, ErrorCode, Generation, LeaseId, Tier};
 
 use crate::digest::DigestBuild;
+use crate::disk::table::DiskTable;
 use crate::expiring::{Expiring, Full};
 use crate::log::{Log, Snapshot, SnapshotBlock};
 use crate::policy::{Eviction, Policy, Stored};
 
 mod integrity;
 mod moves;
+mod tiers;
 
 pub use moves::{Path, Ranked, Victim};
 
-/// Where every block of this table lies. The pool is host memory; other tiers have their own tables.
+pub use tiers::Offload;
+
+/// Where every block of this table's slots lies. The pool is host memory; the disk below it has its own slots.
 const TIER: Tier = Tier::Host;
 
 /// All that a node knows about the blocks in its pool.
@@ -48,6 +50,8 @@ pub struct BlockTable {
     /// Cached blocks that neither are pinned nor have a pinned descendant: all of them could be evicted.
     reclaimable: usize,
     leases: Expiring<Vec<BlockId>>,
+    /// The tier below. Without slots where the node has no disk.
+    disk: DiskTable,
     log: Log,
     evictions: u64,
 }
@@ -214,6 +218,7 @@ impl BlockTable {
             pinned: 0,
             reclaimable: 0,
             leases: Expiring::new(leases_max, first_lease),
+            disk: DiskTable::default(),
             log: Log::new(log_entries_max),
             evictions: 0,
         }
@@ -268,7 +273,7 @@ impl BlockTable {
         });
         SnapshotDraft {
             sequence: self.log.last(),
-            blocks: blocks.collect(),
+            blocks: blocks.chain(self.on_disk_only()).collect(),
         }
     }
 
@@ -360,11 +365,7 @@ impl BlockTable {
                 self.policy.unevictable(parent);
             }
         }
-        let stored_at = self.log.append(BlockEvent::Stored {
-            hash,
-            parent: parent_hash,
-            tier: TIER,
-        });
+        let stored_at = self.announce_stored(hash, parent_hash);
         self.slot_mut(block).state = SlotState::Cached(Cached {
             hash,
             checksum,
@@ -394,8 +395,17 @@ impl BlockTable {
         Committed::Stored(self.describe(block))
     }
 
-    /// Ends one pin of a cached block.
+    /// Ends one pin of a block that a request used. The end of a use is a use.
     pub fn unpin(&mut self, block: BlockId, now: Instant) {
+        self.end_pin(block, Purpose::Request, now);
+    }
+
+    /// Ends one pin of a block that was only looked at or moved.
+    pub fn unpin_unused(&mut self, block: BlockId, now: Instant) {
+        self.end_pin(block, Purpose::Move, now);
+    }
+
+    fn end_pin(&mut self, block: BlockId, purpose: Purpose, now: Instant) {
         if self.unpin_detached(block) {
             return;
         }
@@ -407,7 +417,9 @@ impl BlockTable {
         }
         let (evictable, held) = (cached.is_evictable(), cached.is_held());
         self.pinned -= 1;
-        self.policy.unpinned(block, now);
+        if purpose == Purpose::Request {
+            self.policy.unpinned(block, now);
+        }
         if evictable {
             self.policy.evictable(block, now);
         }
@@ -541,7 +553,7 @@ impl BlockTable {
         self.slot_mut(block).state = SlotState::Free;
         self.free.push(block);
         self.reclaimable -= 1;
-        self.log.append(BlockEvent::Removed { hash });
+        self.announce_dropped(hash);
         if let Some(parent) = parent {
             let cached = self.cached_mut(parent);
             cached.children -= 1;

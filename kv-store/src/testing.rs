@@ -1,7 +1,8 @@
 //! What the tests of this crate share: small pools, blocks whose bytes are known, and nodes on 127.0.0.1.
 
+use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use node::Channels;
@@ -15,9 +16,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Server};
 use transfer::mem::Faults;
 use transfer::{HostMemory, MemNetwork, TcpTransport, Transport};
-use types::{BlockHash, BlockId, Epoch, KvDtype, KvLayout, KvSpace, NodeId, NodeRecord, Role, Token};
+use types::{BlockHash, BlockId, Epoch, KvDtype, KvLayout, KvSpace, Memory, NodeId, NodeRecord, Role, Token};
 
 use crate::cache::Cache;
+use crate::disk::file::{BlockFile, BlockFiles};
+use crate::disk::format::Record;
+use crate::disk::table::SlotId;
 use crate::service::Service;
 use crate::store::{BlockPin, Store};
 use crate::transfers::{self, HostReader};
@@ -215,5 +219,73 @@ pub(crate) async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     while !holds() {
         assert!(Instant::now() < deadline, "never came true: {what}");
         tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// What a [`FaultyFile`] does wrong at the moment.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct DiskFaults {
+    pub(crate) read: Option<io::ErrorKind>,
+    pub(crate) write: Option<io::ErrorKind>,
+    /// Bytes per second of the whole disk.
+    pub(crate) rate: Option<f64>,
+    /// Operations wait until it is false again.
+    pub(crate) is_silent: bool,
+}
+
+/// A disk that fails, fills up, slows down or falls silent when it is told to.
+pub(crate) struct FaultyFile {
+    file: BlockFiles,
+    faults: Mutex<DiskFaults>,
+    changed: Condvar,
+    /// One operation at a time where the disk is slow.
+    arm: Mutex<()>,
+}
+
+impl FaultyFile {
+    pub(crate) fn new(file: BlockFiles) -> Arc<Self> {
+        Arc::new(Self {
+            file,
+            faults: Mutex::default(),
+            changed: Condvar::new(),
+            arm: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn set(&self, faults: DiskFaults) {
+        *self.faults.lock().unwrap() = faults;
+        self.changed.notify_all();
+    }
+
+    fn suffer(&self, fault: impl Fn(&DiskFaults) -> Option<io::ErrorKind>) -> io::Result<()> {
+        let mut faults = self.faults.lock().unwrap();
+        while faults.is_silent {
+            faults = self.changed.wait(faults).unwrap();
+        }
+        let (rate, fault) = (faults.rate, fault(&faults));
+        drop(faults);
+        if let Some(rate) = rate {
+            let arm = self.arm.lock().unwrap();
+            let time = Duration::from_secs_f64(space().layout.block_bytes() as f64 / rate);
+            // Nobody notifies it: a pause that holds the disk's only arm.
+            drop(Condvar::new().wait_timeout_while(arm, time, |()| true).unwrap());
+        }
+        fault.map_or(Ok(()), |kind| Err(kind.into()))
+    }
+}
+
+impl BlockFile for FaultyFile {
+    fn read(&self, slot: SlotId, memory: &dyn Memory, offset: usize) -> io::Result<()> {
+        self.suffer(|faults| faults.read)?;
+        self.file.read(slot, memory, offset)
+    }
+
+    fn write(&self, slot: SlotId, memory: &dyn Memory, offset: usize) -> io::Result<()> {
+        self.suffer(|faults| faults.write)?;
+        self.file.write(slot, memory, offset)
+    }
+
+    fn write_record(&self, slot: SlotId, record: Option<&Record>) -> io::Result<()> {
+        self.file.write_record(slot, record)
     }
 }

@@ -338,7 +338,8 @@ pub(crate) async fn prepare(shared: &Shared, prompt: &Prompt, deadline: Instant)
     let store: &Store = &shared.store;
     let mut blocks = SequenceBlocks::begin(store, &prompt.tenant, &prompt.tokens);
     let mut fetched_bytes = 0;
-    if blocks.shared_blocks() < blocks.chain().len() && !prompt.sources.is_empty() {
+    let has_source = !prompt.sources.is_empty() || store.disk().is_some();
+    if blocks.shared_blocks() < blocks.chain().len() && has_source {
         let fetch = kv_store::Fetch {
             purpose: kv_store::table::Purpose::Request,
             root: blocks.root(),

@@ -47,6 +47,12 @@ async fn serve(shared: &Shared, peer: &mut Peer) -> Result<(), End> {
         tokens_ahead: place.tokens_ahead as u64,
         heartbeat_ms: u64::try_from(shared.config.heartbeat_interval.as_millis()).unwrap_or(u64::MAX),
     }));
+    if shared.store.disk().is_some() {
+        // The disk reads while the request queues.
+        shared
+            .store
+            .read_ahead(shared.store.chain(&prompt.tenant, &prompt.tokens).1);
+    }
     // At most the pool's capacity, which is below 2^32: checked with the prompt.
     let blocks = prompt.blocks(&shared.accepts.layout) as u32;
     let claim = peer

@@ -226,6 +226,10 @@ fn a_safetensors_header_of_2_to_the_60_bytes_is_refused() {
 #[case::unknown_command(&["launch"], 64)]
 #[case::unknown_setting_value(&["config", "--set", "kv.memory=lots"], 64)]
 #[case::block_tokens(&["config", "--block-tokens", "24"], 64)]
+#[case::disk_without_capacity(&["config", "--set", "kv.disk_path=/nowhere"], 64)]
+#[case::disk_threads(&["config", "--set", "kv.disk_path=/nowhere", "--set", "kv.disk_capacity=1GiB", "--set", "kv.disk_threads=1"], 64)]
+#[case::disk_bypass(&["config", "--set", "kv.disk_path=/nowhere", "--set", "kv.disk_capacity=1GiB", "--set", "kv.disk_bypass_max=1s"], 64)]
+#[case::huge_pages(&["config", "--set", "kv.huge_pages=maybe"], 64)]
 #[case::unknown_catalogue_name(&["model", "pull", "no-such-model"], 66)]
 #[case::no_router(&["status", "--router", "127.0.0.1:1"], 69)]
 fn a_bad_command_line_ends_with_a_code_that_says_so(#[case] arguments: &[&str], #[case] code: i32) {

@@ -222,9 +222,11 @@ async fn open_pool(process: &Process, space: KvSpace) -> anyhow::Result<StoreNod
         transfer: transfer::tcp::Config {
             advertise_host: (!advertise.is_empty()).then(|| advertise.clone()),
             ucx: settings.transfer.ucx_config(),
+            huge_pages: settings.kv.huge_pages.into(),
             ..transfer::tcp::Config::default()
         },
         store: settings.store.config(),
+        disk: settings.kv.disk_config(&process.identity.id),
     };
     let shutdown = process.shutdown.token();
     let pool = StoreNode::start(config, space, &process.identity, &process.metrics, shutdown).await;

@@ -67,6 +67,45 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
         &[
             ("memory", "Size of the node's pool of KV blocks."),
             ("block_tokens", "Tokens per block; the same on all nodes."),
+            (
+                "huge_pages",
+                "Pages of the pool. `auto`: transparent huge pages where the system has them; `reserved`: those of its reserve \
+                first; `off`: whatever it does by itself.",
+            ),
+            (
+                "disk_path",
+                "Folder for the disk tier, in which each node makes one of its own; empty is no disk tier.",
+            ),
+            ("disk_capacity", "Bytes of a node's blocks on disk."),
+            (
+                "disk_write_rate",
+                "Bytes per second written to disk at most; 0 is no bound.",
+            ),
+            (
+                "disk_threads",
+                "Reads and writes that the disk has to do at a time, from 2; half of them may be writes.",
+            ),
+            (
+                "disk_promote_timeout",
+                "How long a request waits for blocks from its node's disk.",
+            ),
+            (
+                "disk_errors_max",
+                "Errors in a row after which the disk is bypassed.",
+            ),
+            (
+                "disk_stall_max",
+                "Longest time without an answer, after which the disk is bypassed.",
+            ),
+            (
+                "disk_rate_min",
+                "Bytes per second while busy, below which the disk is bypassed; 0 allows any.",
+            ),
+            (
+                "disk_bypass_min",
+                "First time of a bypass, which doubles with each failed probe.",
+            ),
+            ("disk_bypass_max", "Longest time of a bypass."),
         ],
     ),
     (
@@ -263,6 +302,10 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
             ("watchers_max", "Watchers of the log at a time."),
             ("fetches_max", "Fetches from peers at a time."),
             ("fetch_batch_bytes", "Bytes that one fetch has in flight."),
+            (
+                "prefetches_max",
+                "Prefixes that are read from disk ahead of their request at a time.",
+            ),
             (
                 "acquire_timeout",
                 "Longest wait for a peer's answer to `Acquire`.",

@@ -2,12 +2,19 @@
 
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
+use std::path::Path;
 
 use engine::Precision;
+use kv_store::disk;
+use kv_store::disk::breaker::Limits;
 use node::config::{ByteSize, Duration};
 use node::telemetry;
 use serde::{Deserialize, Serialize};
-use types::Error;
+use transfer::memory::HugePages;
+use types::{Error, NodeId};
+
+/// More threads than a disk has use for would only hold memory.
+const DISK_THREADS_MAX: usize = 256;
 
 /// Logs.
 pub(crate) type LogSettings = telemetry::Config;
@@ -157,26 +164,140 @@ impl From<PrecisionName> for Precision {
     }
 }
 
+/// On which pages the pool lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum HugePagesName {
+    Auto,
+    Reserved,
+    Off,
+}
+
+impl From<HugePagesName> for HugePages {
+    fn from(name: HugePagesName) -> Self {
+        match name {
+            HugePagesName::Auto => Self::Auto,
+            HugePagesName::Reserved => Self::Reserved,
+            HugePagesName::Off => Self::Off,
+        }
+    }
+}
+
 /// The pool of KV blocks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct KvSettings {
     pub(crate) memory: ByteSize,
     pub(crate) block_tokens: usize,
+    pub(crate) huge_pages: HugePagesName,
+    pub(crate) disk_path: String,
+    pub(crate) disk_capacity: ByteSize,
+    pub(crate) disk_write_rate: ByteSize,
+    pub(crate) disk_threads: usize,
+    pub(crate) disk_promote_timeout: Duration,
+    pub(crate) disk_errors_max: u32,
+    pub(crate) disk_stall_max: Duration,
+    pub(crate) disk_rate_min: ByteSize,
+    pub(crate) disk_bypass_min: Duration,
+    pub(crate) disk_bypass_max: Duration,
 }
 
 impl Default for KvSettings {
     fn default() -> Self {
+        let disk::Bounds {
+            write_rate_max,
+            threads,
+            promote_timeout,
+            limits:
+                Limits {
+                    errors_max,
+                    stall_max,
+                    rate_min,
+                    bypass_min,
+                    bypass_max,
+                },
+        } = disk::Bounds::default();
         // 46 thousand tokens of the demo's model, and room on a small machine for several nodes.
         Self {
             memory: ByteSize(1 << 30),
             block_tokens: types::layout::BLOCK_TOKENS_DEFAULT,
+            huge_pages: match transfer::tcp::Config::default().huge_pages {
+                HugePages::Auto => HugePagesName::Auto,
+                HugePages::Reserved => HugePagesName::Reserved,
+                HugePages::Off => HugePagesName::Off,
+            },
+            // Which disk may be filled, only a deployment knows.
+            disk_path: String::new(),
+            disk_capacity: ByteSize(0),
+            disk_write_rate: ByteSize(write_rate_max),
+            disk_threads: threads,
+            disk_promote_timeout: promote_timeout.into(),
+            disk_errors_max: errors_max,
+            disk_stall_max: stall_max.into(),
+            disk_rate_min: ByteSize(rate_min),
+            disk_bypass_min: bypass_min.into(),
+            disk_bypass_max: bypass_max.into(),
         }
     }
 }
 
 impl KvSettings {
+    /// The disk tier of the node `id`, if one is set. Nodes of one machine share the path and have a folder each.
+    pub(crate) fn disk_config(&self, id: &NodeId) -> Option<disk::Config> {
+        (!self.disk_path.is_empty()).then(|| disk::Config {
+            folder: Path::new(&self.disk_path).join(id.as_str()),
+            capacity_bytes: self.disk_capacity.0,
+            bounds: disk::Bounds {
+                write_rate_max: self.disk_write_rate.0,
+                threads: self.disk_threads,
+                promote_timeout: self.disk_promote_timeout.get(),
+                limits: Limits {
+                    errors_max: self.disk_errors_max,
+                    stall_max: self.disk_stall_max.get(),
+                    rate_min: self.disk_rate_min.0,
+                    bypass_min: self.disk_bypass_min.get(),
+                    bypass_max: self.disk_bypass_max.get(),
+                },
+            },
+        })
+    }
+
+    fn validate_disk(&self) -> Result<(), Error> {
+        if self.disk_path.is_empty() {
+            return Ok(());
+        }
+        if self.disk_capacity.0 == 0 {
+            return Err(Error::invalid(
+                "kv.disk_capacity",
+                format!(
+                    "kv.disk_path is {}, so kv.disk_capacity must say how much of it may be used",
+                    self.disk_path
+                ),
+            ));
+        }
+        if !(2..=DISK_THREADS_MAX).contains(&self.disk_threads) {
+            return Err(Error::invalid(
+                "kv.disk_threads",
+                format!(
+                    "kv.disk_threads is {}, but must be from 2 to {DISK_THREADS_MAX}",
+                    self.disk_threads
+                ),
+            ));
+        }
+        if self.disk_bypass_min.get().is_zero() || self.disk_bypass_min > self.disk_bypass_max {
+            return Err(Error::invalid(
+                "kv.disk_bypass_min",
+                format!(
+                    "kv.disk_bypass_min is {}, but must be more than 0 and at most kv.disk_bypass_max, which is {}",
+                    self.disk_bypass_min, self.disk_bypass_max
+                ),
+            ));
+        }
+        Ok(())
+    }
+
     pub(super) fn validate(&self) -> Result<(), Error> {
+        self.validate_disk()?;
         if self.memory.0 == 0 {
             return Err(Error::invalid(
                 "kv.memory",
@@ -297,6 +418,7 @@ section! {
         watchers_max: count,
         fetches_max: count,
         fetch_batch_bytes: size,
+        prefetches_max: count,
         acquire_timeout: time,
         eviction: policy,
         cooperation_bytes_per_second: size,

@@ -364,7 +364,7 @@ impl Policy for Returns {
             return 0.0;
         };
         let age_ms = self.clock.at(now) - run.used_ms;
-        self.hazards.look(run.cell, hazard::bucket(age_ms))
+        self.hazards.worth(run.cell, hazard::bucket(age_ms))
     }
 
     /// The run of the block has waited for as long as makes it worth no more.
@@ -374,7 +374,7 @@ impl Policy for Returns {
         let Some(run) = self.runs.get(id) else { return };
         let (cell, leaf) = (run.cell, run.leaf);
         let waited = hazard::bucket(now_ms - run.used_ms);
-        let enough = (waited..hazard::BUCKETS).find(|bucket| self.hazards.look(cell, *bucket) <= worth);
+        let enough = (waited..hazard::BUCKETS).find(|bucket| self.hazards.worth(cell, *bucket) <= worth);
         let used_ms = now_ms.saturating_sub(hazard::bucket_start_ms(enough.unwrap_or(waited)));
         if used_ms >= run.used_ms {
             return;
@@ -395,7 +395,7 @@ impl Policy for Returns {
         let mut lists: Vec<(f32, Cell, u8)> = Vec::new();
         let mut next = self.listed.first();
         while let Some((cell, bucket, _)) = next {
-            lists.push((self.hazards.look(*cell, usize::from(*bucket)), *cell, *bucket));
+            lists.push((self.hazards.worth(*cell, usize::from(*bucket)), *cell, *bucket));
             next = self.listed.range((*cell, bucket + 1, 0)..).next();
         }
         lists.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));

@@ -26,36 +26,49 @@ const PARENT_WAIT_MAX: Duration = Duration::from_secs(2);
 
 impl Calls for Service {
     fn call(&self, message: &[u8], payload_bytes: u64) -> BoxFuture<'static, Reply> {
-        let reply = self.answer_call(message, payload_bytes);
-        std::future::ready(reply.unwrap_or_else(|error| Reply::Answer(failed(&error)))).boxed()
+        let read = self.read_call(message);
+        let service = self.clone();
+        async move {
+            let replied = match read {
+                Ok(call) => service.answer_call(call, payload_bytes).await,
+                Err(error) => Err(error),
+            };
+            replied.unwrap_or_else(|error| Reply::Answer(failed(&error)))
+        }
+        .boxed()
     }
 }
 
 impl Service {
-    fn answer_call(&self, message: &[u8], payload_bytes: u64) -> Result<Reply, Error> {
+    fn read_call(&self, message: &[u8]) -> Result<store_call::Call, Error> {
         let unreadable = |error: prost::DecodeError| Error::new(ErrorCode::Invalid, error.to_string());
         let v1::StoreCall { kv_root, call } = v1::StoreCall::decode(message).map_err(unreadable)?;
         self.check_root(&kv_root)?;
+        call.ok_or_else(|| Error::new(ErrorCode::Invalid, "a call that asks for nothing"))
+    }
+
+    async fn answer_call(&self, call: store_call::Call, payload_bytes: u64) -> Result<Reply, Error> {
         match call {
-            None => Err(Error::new(ErrorCode::Invalid, "a call that asks for nothing")),
-            Some(store_call::Call::Exists(call)) => {
+            store_call::Call::Exists(call) => {
                 let hashes = self.read_hashes(&call.hashes)?;
                 let held = self.store.exists(&hashes);
                 let reply = store_reply::Reply::Exists(v1::ExistsReply { held });
                 Ok(Reply::Answer(encode(reply)))
             }
-            Some(store_call::Call::Get(call)) => self.get(&call),
-            Some(store_call::Call::Put(call)) => self.put(call, payload_bytes),
+            store_call::Call::Get(call) => self.get(&call).await,
+            store_call::Call::Put(call) => self.put(call, payload_bytes),
         }
     }
 
-    fn get(&self, call: &v1::GetCall) -> Result<Reply, Error> {
+    async fn get(&self, call: &v1::GetCall) -> Result<Reply, Error> {
         let hashes = self.read_hashes(&call.hashes)?;
         let given = if self.store.is_quarantined() {
             &[][..]
         } else {
             &hashes
         };
+        // Held until they are pinned.
+        let _promoted = self.promote(given).await;
         let pins = self.store.match_prefix(given);
         let got = |pin: &BlockPin| v1::GotBlock {
             generation: pin.generation().0,

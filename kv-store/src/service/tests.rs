@@ -215,7 +215,7 @@ impl Put {
     /// Writes the three blocks that the peer lacks.
     async fn write(&self) -> Result<(), transfer::TransferError> {
         let pins = self.writer.store.match_prefix(&self.chain);
-        let slice = |(pin, offset): (&crate::BlockPin, &u64)| Slice {
+        let slice = |(pin, offset): (&BlockPin, &u64)| Slice {
             local_offset: self.writer.store.byte_range(pin.block()).start,
             remote_offset: *offset,
             len: 512,

@@ -239,6 +239,23 @@ impl Store {
         Ok(LogStream { stream })
     }
 
+    /// Hints that these blocks, from their chain's first one on, will be asked for: the node reads into memory what it has on
+    /// disk. Gives the leading blocks that are in memory, and how many follow them from disk.
+    ///
+    /// # Errors
+    ///
+    /// `conflict` if the node is of another KV space; the node cannot be reached in time.
+    pub async fn prefetch(&self, kv_root: BlockHash, hashes: &[BlockHash]) -> Result<(u64, u64), Error> {
+        let mut client = self.client.clone();
+        let request = v1::PrefetchRequest {
+            kv_root: kv_root.0.to_vec(),
+            hashes: proto::convert::hashes_to_wire(hashes),
+        };
+        let request = call::request(request, self.deadline);
+        let response = call::unary("KvStore/Prefetch", self.deadline, client.prefetch(request)).await?;
+        Ok((response.held_blocks, response.promoting_blocks))
+    }
+
     /// The store in numbers.
     ///
     /// # Errors

@@ -344,6 +344,13 @@ impl KvStore for Shelf {
         ))
     }
 
+    async fn prefetch(
+        &self,
+        _: Request<v1::PrefetchRequest>,
+    ) -> Result<Response<v1::PrefetchResponse>, Status> {
+        Ok(Response::new(v1::PrefetchResponse::default()))
+    }
+
     async fn stats(&self, _: Request<v1::StatsRequest>) -> Result<Response<v1::StatsResponse>, Status> {
         Ok(Response::new(v1::StatsResponse {
             hits: 3,

@@ -310,10 +310,17 @@ fn prompt(line: &str) -> Option<Prompt> {
     Some(Prompt {
         at: Duration::from_millis(timestamp[..digits].parse().ok()?),
         // The trace chains its ids itself. No block is its own root.
-        chain: ids
-            .map(|id| Some(BlockHash((id? + 1).to_be_bytes())))
-            .collect::<Option<_>>()?,
+        chain: ids.map(|id| Some(hash(id?))).collect::<Option<_>>()?,
     })
+}
+
+/// A hash of a block's number that is as uniform as a real one, in all its bytes.
+fn hash(id: u128) -> BlockHash {
+    BlockHash(
+        (id + 1)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835)
+            .to_be_bytes(),
+    )
 }
 
 #[cfg(test)]

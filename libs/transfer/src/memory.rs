@@ -10,8 +10,14 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use memmap2::{MmapMut, MmapRaw};
+use memmap2::{MmapMut, MmapOptions, MmapRaw};
 use types::{ErrorCode, Memory, MemoryKind};
+
+mod file;
+mod placement;
+
+pub use file::{read_file, write_file};
+pub use placement::{HugePages, Placement, place};
 
 /// Why memory could not be had, or not be touched.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -67,8 +73,14 @@ pub struct HostMemory {
 }
 
 impl HostMemory {
-    /// Maps `bytes` bytes.
+    /// Maps `bytes` bytes, on pages of whatever size the system takes by itself.
     pub fn allocate(bytes: usize) -> Result<Arc<Self>, MemoryError> {
+        Self::allocate_on(bytes, HugePages::Off)
+    }
+
+    /// Maps `bytes` bytes; on reserved huge pages, of which it takes whole ones, only where that is asked for and there are any.
+    /// See [`place`] for the rest.
+    pub fn allocate_on(bytes: usize, huge_pages: HugePages) -> Result<Arc<Self>, MemoryError> {
         let fail = |reason: String| MemoryError::Allocate { bytes, reason };
         if bytes == 0 {
             return Err(fail("a memory needs at least one byte".into()));
@@ -77,9 +89,25 @@ impl HostMemory {
         if isize::try_from(bytes).is_err() {
             return Err(fail("more than the address space".into()));
         }
-        let map = MmapMut::map_anon(bytes).map_err(|error| fail(error.to_string()))?;
+        let reserved = match huge_pages {
+            HugePages::Reserved => reserved_pages(bytes),
+            HugePages::Auto | HugePages::Off => None,
+        };
+        let map = reserved.map_or_else(|| MmapMut::map_anon(bytes), Ok);
+        let map = map.map_err(|error| fail(error.to_string()))?;
         Ok(Arc::new(Self { map: map.into() }))
     }
+}
+
+/// Pages of 2 MiB, if the system has enough of them in reserve.
+fn reserved_pages(bytes: usize) -> Option<MmapMut> {
+    const PAGE_BITS: u8 = 21;
+    let whole = bytes.checked_next_multiple_of(1 << PAGE_BITS)?;
+    MmapOptions::new()
+        .len(whole)
+        .huge(Some(PAGE_BITS))
+        .map_anon()
+        .ok()
 }
 
 // SAFETY: the mapping is readable and writable, zeroed by the system, page-aligned, never moved or resized,

@@ -82,6 +82,7 @@ use tokio_util::task::TaskTracker;
 use types::{Epoch, Memory};
 
 use crate::calls::{Answered, Call, Calls};
+use crate::memory::{self, HugePages, Placement};
 use crate::region::{Keys, RegionTable};
 use crate::stats::Stats;
 use crate::transport::{Link, Mover, RegionId, RemoteRegion, TransferBatch, TransferStats, Transport};
@@ -113,6 +114,8 @@ pub struct Config {
     pub request_timeout: Duration,
     /// How long the server keeps a connection without requests.
     pub idle_timeout: Duration,
+    /// On which pages memory for blocks lies.
+    pub huge_pages: HugePages,
     /// Whether UCX moves payloads.
     pub ucx: ucx::Config,
 }
@@ -138,6 +141,8 @@ impl Default for Config {
             // 8 MiB in 10 s is slower than any network worth a transfer.
             request_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(300),
+            // Fewer misses of the address cache while blocks are hashed and moved, and no risk.
+            huge_pages: HugePages::Auto,
             ucx: ucx::Config::default(),
         }
     }
@@ -205,6 +210,19 @@ impl TcpTransport {
     pub async fn close(&self) {
         self.shared.shut();
         self.shared.tasks.wait().await;
+    }
+
+    /// Memory that peers on this host can map where UCX is used, or else this process's own.
+    fn allocate_on(&self, bytes: usize, huge_pages: HugePages) -> Result<Arc<dyn Memory>, TransferError> {
+        if let Ok(ucx) = &self.shared.ucx {
+            match ucx.allocate(bytes) {
+                Ok(memory) => return Ok(memory),
+                Err(error) => {
+                    tracing::warn!(%error, bytes, "ucx has no memory of this size, so peers on this host cannot map it");
+                }
+            }
+        }
+        Ok(HostMemory::allocate_on(bytes, huge_pages)?)
     }
 }
 
@@ -354,15 +372,11 @@ impl Transport for TcpTransport {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Arc<dyn Memory>, TransferError> {
-        if let Ok(ucx) = &self.shared.ucx {
-            match ucx.allocate(bytes) {
-                Ok(memory) => return Ok(memory),
-                Err(error) => {
-                    tracing::warn!(%error, bytes, "ucx has no memory of this size, so peers on this host cannot map it");
-                }
-            }
-        }
-        Ok(HostMemory::allocate(bytes)?)
+        let huge_pages = self.shared.config.huge_pages;
+        let memory = self.allocate_on(bytes, huge_pages)?;
+        let Placement { is_huge, numa_nodes } = memory::place(memory.as_ref(), huge_pages);
+        tracing::info!(bytes, is_huge, numa_nodes, "memory for blocks allocated");
+        Ok(memory)
     }
 
     fn links(&self) -> Vec<Link> {

@@ -307,6 +307,12 @@ impl KvStore for Scripted {
     async fn stats(&self, _: Request<v1::StatsRequest>) -> Result<Response<v1::StatsResponse>, Status> {
         unreachable!("a router moves no blocks")
     }
+    async fn prefetch(
+        &self,
+        _: Request<v1::PrefetchRequest>,
+    ) -> Result<Response<v1::PrefetchResponse>, Status> {
+        unreachable!("a router moves no blocks")
+    }
 }
 
 #[derive(Debug)]

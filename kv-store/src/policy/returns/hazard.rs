@@ -12,6 +12,7 @@
 //! Old counts fade, so that a change of the load is learned.
 
 use std::array;
+use std::cell::OnceCell;
 
 /// Buckets of waiting time.
 pub(super) const BUCKETS: usize = 44;
@@ -170,7 +171,7 @@ pub(super) struct Hazards {
     pooled: [f32; BUCKETS],
     factors: [Factors; 3],
     /// Worth per cell and bucket, computed when it is first asked for after a fit.
-    worths: Vec<Option<Box<[f32; BUCKETS]>>>,
+    worths: Vec<OnceCell<Box<[f32; BUCKETS]>>>,
 }
 
 impl Hazards {
@@ -179,7 +180,7 @@ impl Hazards {
             counts: vec![Counts::NONE; CELLS],
             pooled: [PRIOR_CHANCE; BUCKETS],
             factors: no_factors(),
-            worths: vec![None; CELLS],
+            worths: no_worths(),
         };
         hazards.fit();
         hazards
@@ -196,22 +197,8 @@ impl Hazards {
     }
 
     /// What a slot is worth whose block has waited so long: hits per second.
-    pub(super) fn worth(&mut self, cell: Cell, bucket: usize) -> f32 {
-        if let Some(worths) = &self.worths[cell.index()] {
-            return worths[bucket];
-        }
-        let worths = Box::new(self.worths_of(cell));
-        let worth = worths[bucket];
-        self.worths[cell.index()] = Some(worths);
-        worth
-    }
-
-    /// As [`Hazards::worth`], for looking only.
-    pub(super) fn look(&self, cell: Cell, bucket: usize) -> f32 {
-        match &self.worths[cell.index()] {
-            Some(worths) => worths[bucket],
-            None => self.worths_of(cell)[bucket],
-        }
+    pub(super) fn worth(&self, cell: Cell, bucket: usize) -> f32 {
+        self.worths[cell.index()].get_or_init(|| Box::new(self.worths_of(cell)))[bucket]
     }
 
     /// Fits the hazards to the counts, and lets the counts fade.
@@ -225,7 +212,7 @@ impl Hazards {
                 self.fit_factor(factor, &cells);
             }
         }
-        self.worths.fill(None);
+        self.worths = no_worths();
         for cell in cells {
             let counts = &mut self.counts[cell];
             for count in counts.returned.iter_mut().chain(&mut counts.waited) {
@@ -296,6 +283,10 @@ fn best_rate(chances: &[f32; BUCKETS], from: usize) -> f32 {
         best = best.max(hits / seconds);
     }
     best
+}
+
+fn no_worths() -> Vec<OnceCell<Box<[f32; BUCKETS]>>> {
+    vec![OnceCell::new(); CELLS]
 }
 
 fn no_factors() -> [Factors; 3] {

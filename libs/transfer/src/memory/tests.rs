@@ -68,3 +68,31 @@ fn device_memory_is_not_touched() {
     let kind = MemoryKind::Device(3);
     assert_eq!(copy_out(&DeviceMemory, 0, 0), Err(MemoryError::NotHost { kind }));
 }
+
+#[test]
+fn a_file_and_memory_exchange_exactly_the_bytes_asked_for() {
+    let file = tempfile::tempfile().unwrap();
+    let memory = HostMemory::allocate(8192).unwrap();
+    copy_in(&*memory, 100, b"perigee").unwrap();
+    write_file(&*memory, 100, 7, &file, 5000).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), 5007);
+    read_file(&*memory, 4000, 7, &file, 5000).unwrap();
+    assert_eq!(copy_out(&*memory, 3999, 9).unwrap(), b"\0perigee\0");
+}
+
+#[test]
+fn what_a_file_or_a_memory_has_not_is_refused() {
+    let file = tempfile::tempfile().unwrap();
+    let memory = HostMemory::allocate(4096).unwrap();
+    let kind = |result: std::io::Result<()>| result.unwrap_err().kind();
+    let short = read_file(&*memory, 0, 1, &file, 0);
+    assert_eq!(kind(short), std::io::ErrorKind::UnexpectedEof);
+    for result in [
+        read_file(&*memory, 4000, 97, &file, 0),
+        write_file(&*memory, 4000, 97, &file, 0),
+        write_file(&*memory, 0, 1, &file, u64::MAX),
+    ] {
+        assert_eq!(kind(result), std::io::ErrorKind::InvalidInput);
+    }
+    assert_eq!(file.metadata().unwrap().len(), 0);
+}
