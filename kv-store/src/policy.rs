@@ -72,7 +72,7 @@ pub trait Policy: fmt::Debug + Send {
     fn lower(&mut self, _block: BlockId, _worth: f32, _now: Instant) {}
 
     /// Up to `count` of the blocks that are evictable now, least worth first.
-    fn coldest(&self, count: usize, now: Instant) -> Vec<BlockId>;
+    fn coldest(&self, count: usize) -> Vec<BlockId>;
 
     /// Whether the policy takes the block for evictable. For tests.
     fn is_evictable(&self, block: BlockId) -> bool;

@@ -11,7 +11,7 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Instant;
 
@@ -33,6 +33,7 @@ use crate::table::{BlockTable, Committed, Counts, OutOfBlocks, Parent, TableLimi
 
 mod grant;
 mod guard;
+mod health;
 
 pub use grant::Grant;
 pub use guard::{BlockPin, OwnedBlock};
@@ -475,38 +476,6 @@ impl Store {
 
     pub(crate) fn inner(&self) -> &Inner {
         &self.inner
-    }
-
-    /// Whether this node's memory has changed blocks so often that it neither caches nor gives any. Only a restart ends it.
-    pub fn is_quarantined(&self) -> bool {
-        self.inner.quarantined.load(Ordering::Relaxed)
-    }
-
-    /// Counts a cached block whose bytes changed, and quarantines the node after too many.
-    pub(crate) fn note_corrupt(&self, now: Instant) {
-        self.inner.metrics.corruptions.inc();
-        let mut health = self
-            .inner
-            .health
-            .lock()
-            .expect("nothing panics while it counts corrupt blocks");
-        if health.corrupt(now) && !self.inner.quarantined.swap(true, Ordering::Relaxed) {
-            self.inner.metrics.quarantined.set(1);
-            tracing::error!(
-                "this node's memory changed too many blocks: it caches and gives none until it is restarted"
-            );
-        }
-    }
-
-    /// Pins one block to look at it, which is no use of it: the closure gets the block, and its worth stays what it was.
-    pub(crate) fn inspect<R>(&self, hash: BlockHash, look: impl FnOnce(&BlockPin) -> R) -> Option<R> {
-        let (worth, held) =
-            self.with_table(|table| Some((table.worth(hash, now())?, table.pin_run(&[hash]).pop()?)))?;
-        let pin = BlockPin::cached(self.clone(), held);
-        let result = look(&pin);
-        drop(pin);
-        self.with_table(|table| table.lower_worth(hash, worth, now()));
-        Some(result)
     }
 
     pub(crate) fn learn_root(&self, root: BlockHash) {

@@ -220,6 +220,7 @@ impl Peer {
     /// Reads what the store gives of the chain, and proves every byte.
     async fn get(&self, home: &Home, client: &mut KvStoreClient<Channel>, chain: &[BlockHash]) -> usize {
         let request = v1::AcquireRequest {
+            moved: false,
             kv_root: home.space.root().0.to_vec(),
             hashes: convert::hashes_to_wire(chain),
             lease_ttl_ms: 60_000,

@@ -67,7 +67,7 @@ impl Policy for Lfu {
         self.uses[block.0 as usize].0 as f32
     }
 
-    fn coldest(&self, count: usize, _now: Instant) -> Vec<BlockId> {
+    fn coldest(&self, count: usize) -> Vec<BlockId> {
         self.evictable
             .iter()
             .take(count)

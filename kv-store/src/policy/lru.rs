@@ -93,7 +93,7 @@ impl Policy for Lru {
         }
     }
 
-    fn coldest(&self, count: usize, _now: Instant) -> Vec<BlockId> {
+    fn coldest(&self, count: usize) -> Vec<BlockId> {
         self.evictable
             .iter()
             .take(count)

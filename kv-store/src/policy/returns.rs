@@ -390,7 +390,7 @@ impl Policy for Returns {
         }
     }
 
-    fn coldest(&self, count: usize, _now: Instant) -> Vec<BlockId> {
+    fn coldest(&self, count: usize) -> Vec<BlockId> {
         // Lists are few beside runs, and all runs of a list are worth the same, as of when they were put there.
         let mut lists: Vec<(f32, Cell, u8)> = Vec::new();
         let mut next = self.listed.first();

@@ -179,7 +179,7 @@ impl Policy for S3Fifo {
         }
     }
 
-    fn coldest(&self, count: usize, _now: Instant) -> Vec<BlockId> {
+    fn coldest(&self, count: usize) -> Vec<BlockId> {
         let mut blocks: Vec<BlockId> = self
             .small
             .iter()

@@ -63,7 +63,7 @@ impl BlockTable {
                 worth: self.policy.worth(block, now),
             }
         };
-        self.policy.coldest(count, now).into_iter().map(victim).collect()
+        self.policy.coldest(count).into_iter().map(victim).collect()
     }
 
     /// What would be given up for `count` slots if `reserve` were to stay free, in the order of eviction: the worth of each
@@ -72,7 +72,7 @@ impl BlockTable {
     pub fn price(&self, count: usize, reserve: usize, now: Instant) -> Vec<f32> {
         let free = self.free.len().saturating_sub(reserve);
         let mut price = vec![f32::NEG_INFINITY; free.min(count)];
-        for leaf in self.policy.coldest(count, now) {
+        for leaf in self.policy.coldest(count) {
             let mut next = Some(leaf);
             while let Some(block) = next
                 && price.len() < count

@@ -154,7 +154,7 @@ async fn serve(block_bytes: usize, pool_bytes: usize, choice: Choice) -> Result<
     let store = StoreNode::start(config, space, &identity, &metrics, shutdown.clone()).await?;
     println!("{}", serde_json::to_string(&store.record(&identity, "", "", ""))?);
     let running = tokio::spawn(store.run());
-    tokio::task::spawn_blocking(|| std::io::stdin().lines().for_each(drop)).await?;
+    node::task::blocking("standard-input", || std::io::stdin().lines().for_each(drop)).await?;
     shutdown.cancel();
     running.await?;
     Ok(())

@@ -274,12 +274,12 @@ impl Hazards {
 /// The best ratio of expected hits to expected seconds, over all times to stop waiting.
 fn best_rate(chances: &[f32; BUCKETS], from: usize) -> f32 {
     let (mut waiting, mut hits, mut seconds, mut best) = (1.0f32, 0.0f32, 0.0f32, 0.0f32);
-    for bucket in from..BUCKETS - 1 {
+    for (bucket, chance) in chances.iter().enumerate().take(BUCKETS - 1).skip(from) {
         let width = ((start(bucket + 1) - start(bucket)) / 1000.0) as f32;
-        hits += waiting * chances[bucket];
+        hits += waiting * chance;
         // Those that return do so halfway.
-        seconds += waiting * width * (1.0 - chances[bucket] / 2.0);
-        waiting *= 1.0 - chances[bucket];
+        seconds += waiting * width * (1.0 - chance / 2.0);
+        waiting *= 1.0 - chance;
         best = best.max(hits / seconds);
     }
     best

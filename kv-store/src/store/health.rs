@@ -1,0 +1,42 @@
+//! Whether a node's memory can be trusted, and looking at its blocks to find out.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use types::BlockHash;
+
+use super::{BlockPin, Store, now};
+
+impl Store {
+    /// Whether this node's memory has changed blocks so often that it neither caches nor gives any. Only a restart ends it.
+    pub fn is_quarantined(&self) -> bool {
+        self.inner.quarantined.load(Ordering::Relaxed)
+    }
+
+    /// Counts a cached block whose bytes changed, and quarantines the node after too many.
+    pub(crate) fn note_corrupt(&self, now: Instant) {
+        self.inner.metrics.corruptions.inc();
+        let mut health = self
+            .inner
+            .health
+            .lock()
+            .expect("nothing panics while it counts corrupt blocks");
+        if health.corrupt(now) && !self.inner.quarantined.swap(true, Ordering::Relaxed) {
+            self.inner.metrics.quarantined.set(1);
+            tracing::error!(
+                "this node's memory changed too many blocks: it caches and gives none until it is restarted"
+            );
+        }
+    }
+
+    /// Pins one block to look at it, which is no use of it: the closure gets the block, and its worth stays what it was.
+    pub(crate) fn inspect<R>(&self, hash: BlockHash, look: impl FnOnce(&BlockPin) -> R) -> Option<R> {
+        let (worth, held) =
+            self.with_table(|table| Some((table.worth(hash, now())?, table.pin_run(&[hash]).pop()?)))?;
+        let pin = BlockPin::cached(self.clone(), held);
+        let result = look(&pin);
+        drop(pin);
+        self.with_table(|table| table.lower_worth(hash, worth, now()));
+        Some(result)
+    }
+}
