@@ -1,15 +1,15 @@
 //! The default policy: the victim is the block that is least likely to return soon.
 //!
 //! What one request used together returns together, with the next turn of a conversation, or never. So the unit is the
-//! [`runs::Run`]: the piece of a chain that a request found and stored. When and whether runs return is learned from
-//! all of them, those that were evicted included ([`hazard`]), by what can be known of a run: how often its chain was
+//! run: the piece of a chain that a request found and stored. When and whether runs return is learned from
+//! all of them, those that were evicted included (`hazard.rs`), by what can be known of a run: how often its chain was
 //! continued and how long ago before, how much of it is new, whether other chains share it. Runs are listed by these
 //! traits and by how long they have waited; all runs in one list are worth the same, and the victim is the
 //! last block of the oldest run in the list that is worth least.
 //!
 //! A scan is a lot of runs without past: as soon as such runs have been seen not to return, they are the first to go.
 //!
-//! Bounds: a few bytes per slot, [`RUNS_MIN`] runs or a share of the slots, as many ghosts, and counts of a fixed size.
+//! Bounds: a few bytes per slot, `RUNS_MIN` runs or a share of the slots, as many ghosts, and counts of a fixed size.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Instant;
