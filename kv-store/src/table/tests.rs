@@ -4,7 +4,10 @@ use std::time::Duration;
 use proptest::prelude::*;
 use types::BlockEvent;
 
+use types::LeaseId;
+
 use super::*;
+use crate::expiring::Full;
 
 const CAPACITY: usize = 12;
 const LEASES_MAX: usize = 3;
