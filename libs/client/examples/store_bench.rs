@@ -142,6 +142,11 @@ async fn serve(block_bytes: usize, pool_bytes: usize, choice: Choice) -> Result<
     let config = store_node::Config {
         capacity_bytes: pool_bytes,
         transfer: config(choice),
+        // Keeps what was put last, which is what is got next.
+        store: kv_store::Config {
+            eviction: kv_store::Eviction::Lru,
+            ..kv_store::Config::default()
+        },
         ..store_node::Config::default()
     };
     let identity = node::Identity {

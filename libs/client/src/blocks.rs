@@ -16,6 +16,7 @@ use futures::stream::{self, StreamExt, TryStreamExt};
 use prost::Message;
 use proto::v1::{store_call, store_reply};
 use proto::{convert, status, v1};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use transfer::{Call, Keep, Payload, RegionId, Transport};
@@ -48,6 +49,8 @@ struct Node {
     kv_root: BlockHash,
     block_bytes: u64,
     deadline: Duration,
+    /// Of the parts of all batches: no more than the transport has connections.
+    lanes: Semaphore,
 }
 
 /// Memory for some blocks, one after the other, which the transport moves best. Clones are handles of the same memory.
@@ -102,6 +105,7 @@ impl Blocks {
                 kv_root: space.root(),
                 block_bytes: space.layout.block_bytes() as u64,
                 deadline: DEADLINE,
+                lanes: Semaphore::new(PARTS_IN_FLIGHT),
             }),
         })
     }
@@ -124,6 +128,7 @@ impl Blocks {
             kv_root: *kv_root,
             block_bytes: *block_bytes,
             deadline,
+            lanes: Semaphore::new(PARTS_IN_FLIGHT),
         };
         Self { node: Arc::new(node) }
     }
@@ -200,7 +205,7 @@ impl Blocks {
             })
             .collect();
         let asked = self.parts(hashes.len()).map(|part| part.len());
-        let got = in_flight(parts).await?;
+        let got = in_flight(&self.node.lanes, parts).await?;
         let whole = got.iter().zip(asked).take_while(|(got, asked)| *got == asked);
         let whole = whole.count();
         Ok(got.iter().take(whole + 1).sum())
@@ -233,7 +238,7 @@ impl Blocks {
             let (node, buffer, at) = (self.node.clone(), buffer.clone(), first + part.start);
             async move { node.put(put, &buffer, at, deadline).await }
         });
-        let held = in_flight(parts.collect()).await?;
+        let held = in_flight(&self.node.lanes, parts.collect()).await?;
         let asked = self.parts(hashes.len()).map(|part| part.len());
         let whole = held.iter().zip(asked).take_while(|(held, asked)| *held == asked);
         let whole = whole.count();
@@ -253,6 +258,7 @@ impl Blocks {
 /// Runs parts of a batch, a few at a time and on as many threads as there are; one alone runs right here. The first
 /// error ends all.
 async fn in_flight<T: Send + 'static>(
+    lanes: &Semaphore,
     mut parts: Vec<impl Future<Output = Result<T, Error>> + Send + 'static>,
 ) -> Result<Vec<T>, Error> {
     if parts.len() <= 1 {
@@ -261,8 +267,12 @@ async fn in_flight<T: Send + 'static>(
             None => Ok(Vec::new()),
         };
     }
-    // Begun in order: a part may have to wait for the one before.
-    let begun = stream::iter(parts).map(|part| async { AbortOnDrop(tokio::spawn(part)).ended().await });
+    // Begun in order, and none before it has a connection: a part may have to wait at the node for the one before, and must
+    // not keep that one from getting there.
+    let begun = stream::iter(parts).map(|part| async {
+        let _lane = lanes.acquire().await;
+        AbortOnDrop(tokio::spawn(part)).ended().await
+    });
     begun.buffered(PARTS_IN_FLIGHT).try_collect().await
 }
 
