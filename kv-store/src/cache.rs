@@ -20,12 +20,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
-use types::{BlockHash, Error, ErrorCode, NodeId};
+use types::{BlockHash, Error, NodeId};
 
 use crate::cooperate::{Giver, Limits, Offered, Taker};
 use crate::fetch::{Fetch, Source, fetch_prefix};
 use crate::scrub::Pass;
-use crate::service::answer;
+use crate::service::{answer, check_root};
 use crate::store::Store;
 use crate::table::Purpose;
 
@@ -88,7 +88,7 @@ impl fmt::Debug for Cache {
 impl Cache {
     /// The service of `store`, whose node is called `id`. It takes nothing any more once `shutdown` began.
     pub fn new(store: Store, id: NodeId, channels: Channels, shutdown: CancellationToken) -> Self {
-        let now = Instant::now().into_std();
+        let now = crate::store::now();
         let limits = limits(&store);
         Self {
             inner: Arc::new(Inner {
@@ -152,18 +152,6 @@ impl Cache {
         !self.inner.shutdown.is_cancelled() && !self.inner.store.is_quarantined()
     }
 
-    fn check_root(&self, kv_root: &[u8]) -> Result<(), Error> {
-        let theirs = convert::hash("kv_root", kv_root)?;
-        let ours = self.inner.store.common_root();
-        if theirs == ours {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorCode::Conflict,
-            format!("kv_root is {theirs}, but this node's blocks are of {ours}"),
-        ))
-    }
-
     fn chain(&self, field: &str, wire: Option<&v1::BlockChain>) -> Result<Vec<BlockHash>, Error> {
         convert::chain(field, wire, self.inner.store.config().hashes_max)
     }
@@ -177,7 +165,7 @@ impl Cache {
     }
 
     fn quote(&self, request: &v1::QuoteRequest) -> Result<v1::QuoteResponse, Error> {
-        self.check_root(&request.kv_root)?;
+        check_root(&self.inner.store, &request.kv_root)?;
         at_most("chains", request.chains.len(), CHAINS_MAX)?;
         let chains = request
             .chains
@@ -191,7 +179,7 @@ impl Cache {
                 price: Vec::new(),
             });
         }
-        let now = Instant::now().into_std();
+        let now = crate::store::now();
         let room = self.taker().room(now).min(PRICE_BLOCKS_MAX);
         let (held, price) = {
             let table = self.inner.store.table();
@@ -210,7 +198,7 @@ impl Cache {
     }
 
     async fn offer(&self, request: &v1::OfferRequest) -> Result<v1::OfferResponse, Error> {
-        self.check_root(&request.kv_root)?;
+        check_root(&self.inner.store, &request.kv_root)?;
         at_most("runs", request.runs.len(), CHAINS_MAX)?;
         let runs: Vec<Run> = request
             .runs
@@ -232,7 +220,7 @@ impl Cache {
     }
 
     fn decide(&self, runs: &[Run], replicate: bool) -> Vec<bool> {
-        let now = Instant::now().into_std();
+        let now = crate::store::now();
         let store = &self.inner.store;
         let price = store.table().price(PRICE_BLOCKS_MAX, self.margin(), now);
         let offered: Vec<Offered> = runs
@@ -270,7 +258,7 @@ impl Cache {
         let fetched = fetch_prefix(store, &self.inner.channels, fetch).await;
         let held = fetched.blocks.iter().take_while(|pin| !pin.is_private()).count();
         drop((fetched, parent));
-        let now = Instant::now().into_std();
+        let now = crate::store::now();
         store.with_table(|table| {
             for hash in &run.hashes[..held] {
                 table.lower_worth(*hash, run.worth, now);
@@ -287,7 +275,7 @@ impl Cache {
     }
 
     fn locate(&self, request: &v1::LocateRequest) -> Result<v1::LocateResponse, Error> {
-        self.check_root(&request.kv_root)?;
+        check_root(&self.inner.store, &request.kv_root)?;
         let chain = self.chain("chain", request.chain.as_ref())?;
         let table = self.inner.store.table();
         let (held, used) = table.usage(&chain);
@@ -303,7 +291,7 @@ impl Cache {
 
     fn top(&self, request: &v1::TopRequest) -> v1::TopResponse {
         let count = request.count.min(TOP_MAX) as usize;
-        let now = Instant::now().into_std();
+        let now = crate::store::now();
         let ranked = self.inner.store.table().ranked(count, request.coldest, now);
         let blocks = ranked.into_iter().map(|block| v1::TopBlock {
             hash: block.hash.0.to_vec(),
@@ -318,15 +306,14 @@ impl Cache {
     }
 
     fn exists(&self, request: &v1::ExistsRequest) -> Result<v1::ExistsResponse, Error> {
-        self.check_root(&request.kv_root)?;
+        check_root(&self.inner.store, &request.kv_root)?;
         let hashes = self.chain("hashes", request.hashes.as_ref())?;
-        let table = self.inner.store.table();
-        let held = hashes.iter().map(|hash| u8::from(table.holds(*hash)));
+        let held = self.inner.store.exists(&hashes).into_iter().map(u8::from);
         Ok(v1::ExistsResponse { held: held.collect() })
     }
 
     fn evict(&self, request: &v1::EvictRequest) -> Result<v1::EvictResponse, Error> {
-        self.check_root(&request.kv_root)?;
+        check_root(&self.inner.store, &request.kv_root)?;
         let store = &self.inner.store;
         let (evicted, kept) = if request.all {
             store.with_table(|table| {
@@ -346,7 +333,7 @@ impl Cache {
     }
 
     async fn warm(&self, request: &v1::WarmRequest) -> Result<v1::WarmResponse, Error> {
-        self.check_root(&request.kv_root)?;
+        check_root(&self.inner.store, &request.kv_root)?;
         let root = convert::hash("root", &request.root)?;
         let chain = self.chain("chain", request.chain.as_ref())?;
         let store = &self.inner.store;
@@ -468,7 +455,7 @@ impl CacheRpc for Cache {
 
     async fn pin(&self, request: Request<v1::PinRequest>) -> Answer<v1::PinResponse> {
         let request = request.get_ref();
-        let pinned = self.check_root(&request.kv_root).and_then(|()| {
+        let pinned = check_root(&self.inner.store, &request.kv_root).and_then(|()| {
             let root = convert::hash("root", &request.root)?;
             let chain = self.chain("chain", request.chain.as_ref())?;
             self.inner.pins.pin(&self.inner.store, root, &chain, request)
@@ -483,7 +470,7 @@ impl CacheRpc for Cache {
 
     async fn list_pins(&self, _: Request<v1::ListPinsRequest>) -> Answer<v1::ListPinsResponse> {
         answer(Ok(v1::ListPinsResponse {
-            pins: self.inner.pins.list(Instant::now().into_std()),
+            pins: self.inner.pins.list(crate::store::now()),
         }))
     }
 
@@ -514,7 +501,7 @@ impl CacheRpc for Cache {
 
     async fn export(&self, request: Request<v1::ExportRequest>) -> Answer<Self::ExportStream> {
         let request = request.get_ref();
-        let exported = self.check_root(&request.kv_root).and_then(|()| {
+        let exported = check_root(&self.inner.store, &request.kv_root).and_then(|()| {
             let chain = self.chain("chain", request.chain.as_ref())?;
             files::export(&self.inner.store, &chain, self.heavy()?)
         });

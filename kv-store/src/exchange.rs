@@ -133,7 +133,7 @@ impl Exchange {
     /// Frees some of the `missing` slots. False if another round would do no better.
     async fn round(&self, missing: usize) -> bool {
         let store = self.cache.store();
-        let now = Instant::now().into_std();
+        let now = crate::store::now();
         let candidates: Vec<Candidate> = {
             let table = store.table();
             let coldest = table.coldest(CANDIDATES_MAX, now);
@@ -151,7 +151,7 @@ impl Exchange {
         if reports.is_empty() || candidates.is_empty() {
             return false;
         }
-        let now = Instant::now().into_std();
+        let now = crate::store::now();
         let (peers, reports): (Vec<&Peer>, Vec<Report>) = reports.into_iter().unzip();
         let fates = self.cache.giver().decide(&candidates, &reports, missing, now);
         let mut offerings: Vec<Vec<Offering<'_>>> = peers.iter().map(|_| Vec::new()).collect();
@@ -333,7 +333,7 @@ impl Exchange {
 
     async fn give_away(&self, given: &mut usize) {
         let store = self.cache.store();
-        let now = Instant::now().into_std();
+        let now = crate::store::now();
         let leaves: Vec<BlockHash> = {
             let table = store.table();
             let ranked = table.ranked(HANDOVER_BLOCKS_MAX, false, now);
@@ -365,7 +365,7 @@ impl Exchange {
                 return;
             }
             let (peers, reports): (Vec<&Peer>, Vec<Report>) = reports.into_iter().unzip();
-            let now = Instant::now().into_std();
+            let now = crate::store::now();
             let fates = self.cache.giver().decide(&candidates, &reports, usize::MAX, now);
             let too_fast = |fate: &Fate| {
                 matches!(
@@ -400,7 +400,7 @@ impl Exchange {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            self.cache.pins().expire(Instant::now().into_std());
+            self.cache.pins().expire(crate::store::now());
             for wanted in self.cache.pins().wanted() {
                 self.replicate(&wanted).await;
             }

@@ -74,7 +74,7 @@ impl Cursor {
     pub(crate) fn next(&mut self, store: &Store) -> Option<Verified> {
         let (hash, block, _) = store.table().next_cached(self.last)?;
         self.last = Some(block);
-        let good = store.inspect(hash, |pin| store.checksum(pin.block()) == pin.checksum());
+        let good = store.inspect(hash, |held| store.checksum(held.block) == held.checksum);
         let block_bytes = store.layout().block_bytes() as u64;
         store.inner().metrics.scrubbed_bytes.inc_by(block_bytes);
         match good {
@@ -85,7 +85,7 @@ impl Cursor {
                 let dropped = store
                     .with_table(|table| table.forget(hash, crate::store::now()))
                     .len();
-                store.note_corrupt(tokio::time::Instant::now().into_std());
+                store.note_corrupt(crate::store::now());
                 Some(Verified::Corrupt { paths, dropped })
             }
         }

@@ -83,25 +83,12 @@ impl Service {
     }
 
     fn expire(&self) {
-        let now = Instant::now().into_std();
+        let now = store::now();
         let metrics = &self.store.inner().metrics;
         let leases = self.store.with_table(|table| table.expire_leases(now));
         metrics.leases_expired.inc_by(leases as u64);
         let reservations = self.puts.expire(now);
         metrics.reservations_expired.inc_by(reservations as u64);
-    }
-
-    /// Refuses blocks of another model, format or arithmetic.
-    fn check_root(&self, kv_root: &[u8]) -> Result<(), Error> {
-        let theirs = convert::hash("kv_root", kv_root)?;
-        let ours = self.store.common_root();
-        if theirs == ours {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorCode::Conflict,
-            format!("kv_root is {theirs}, but this node's blocks are of {ours}"),
-        ))
     }
 
     fn read_hashes(&self, hashes: &[Vec<u8>]) -> Result<Vec<BlockHash>, Error> {
@@ -119,7 +106,7 @@ impl Service {
     }
 
     async fn acquire(&self, request: &v1::AcquireRequest) -> Result<v1::AcquireResponse, Error> {
-        self.check_root(&request.kv_root)?;
+        check_root(&self.store, &request.kv_root)?;
         let hashes = self.read_hashes(&request.hashes)?;
         let config = self.store.config();
         let expires = expiry(request.lease_ttl_ms, config.lease_ttl_max)?;
@@ -169,7 +156,7 @@ impl Service {
 
     /// Begins to read what is on disk of the chain, if not too many others are being read.
     fn prefetch(&self, request: &v1::PrefetchRequest) -> Result<v1::PrefetchResponse, Error> {
-        self.check_root(&request.kv_root)?;
+        check_root(&self.store, &request.kv_root)?;
         let hashes = self.read_hashes(&request.hashes)?;
         let (held, promoting) = self.store.read_ahead(hashes);
         Ok(v1::PrefetchResponse {
@@ -179,7 +166,7 @@ impl Service {
     }
 
     fn reserve(&self, request: &v1::ReserveRequest) -> Result<v1::ReserveResponse, Error> {
-        self.check_root(&request.kv_root)?;
+        check_root(&self.store, &request.kv_root)?;
         let parent = convert::hash("parent", &request.parent)?;
         let hashes = self.read_hashes(&request.hashes)?;
         let expires = expiry(request.lease_ttl_ms, self.store.config().reservation_ttl_max)?;
@@ -278,12 +265,25 @@ pub(crate) fn answer<T>(result: Result<T, Error>) -> Result<Response<T>, Status>
         .map_err(|error| status::to_status(&error))
 }
 
+/// Refuses blocks of another model, format or arithmetic.
+pub(crate) fn check_root(store: &Store, kv_root: &[u8]) -> Result<(), Error> {
+    let theirs = convert::hash("kv_root", kv_root)?;
+    let ours = store.common_root();
+    if theirs == ours {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorCode::Conflict,
+        format!("kv_root is {theirs}, but this node's blocks are of {ours}"),
+    ))
+}
+
 /// When a promise that was asked for `ttl_ms` ends.
 pub(crate) fn expiry(ttl_ms: u64, ttl_max: Duration) -> Result<std::time::Instant, Error> {
     if ttl_ms == 0 {
         return Err(Error::invalid("lease_ttl_ms", "lease_ttl_ms must be at least 1"));
     }
-    Ok(Instant::now().into_std() + Duration::from_millis(ttl_ms).min(ttl_max))
+    Ok(store::now() + Duration::from_millis(ttl_ms).min(ttl_max))
 }
 
 fn too_many(what: &str, full: Full, retry: Duration) -> Error {

@@ -313,14 +313,17 @@ impl Store {
     pub fn match_prefix(&self, hashes: &[BlockHash]) -> Vec<BlockPin> {
         let held = self.with_table(|table| table.match_prefix(hashes, now()));
         self.count_match(hashes.len(), held.len());
-        held.into_iter()
-            .map(|descriptor| BlockPin::cached(self.clone(), descriptor))
-            .collect()
+        self.pins(held)
     }
 
     /// As [`Store::match_prefix`], but neither counts nor is a use: for whoever asks again, or only looks.
     pub(crate) fn pin_held(&self, hashes: &[BlockHash]) -> Vec<BlockPin> {
         let held = self.with_table(|table| table.pin_run(hashes));
+        self.pins(held)
+    }
+
+    /// Guards of blocks that were pinned.
+    fn pins(&self, held: Vec<BlockDescriptor>) -> Vec<BlockPin> {
         held.into_iter()
             .map(|descriptor| BlockPin::cached(self.clone(), descriptor))
             .collect()

@@ -17,6 +17,16 @@ fn tiny(folder: &Path) -> PathBuf {
     path
 }
 
+/// A cluster whose prompts are all prefilled apart, its model, and the folder that this is in.
+fn cluster() -> (Cluster, PathBuf, tempfile::TempDir) {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = tiny(folder.path());
+    let nodes = ["--prefill", "1", "--decode", "1", "--store", "1"];
+    let apart = ["--set", "router.local_prefill_tokens_max=0"];
+    let cluster = Cluster::start(&model, &[&nodes[..], &apart].concat());
+    (cluster, model, folder)
+}
+
 /// The exit code and what was printed, as JSON where it is.
 fn perigee_cache(cluster: &Cluster, arguments: &[&str]) -> (i32, Value) {
     let router = cluster.ready.grpc.trim_start_matches("http://");
@@ -68,31 +78,24 @@ fn held(cluster: &Cluster, prompt: &[&str], node: &str) -> u64 {
     found.map_or(0, |found| found["held_blocks"].as_u64().expect("a number"))
 }
 
+/// Waits until the prompt is at the node that prefilled it. Returns its blocks.
+fn cached(cluster: &Cluster, prompt: &[&str]) -> u64 {
+    wait_for("the prompt to be cached", || {
+        match held(cluster, prompt, "prefill-0") {
+            0 => None,
+            blocks => Some(blocks),
+        }
+    })
+}
+
 #[test]
 fn prompts_can_be_found_kept_moved_dropped_and_carried_in_files() {
-    let folder = tempfile::tempdir().expect("folder");
-    let model = tiny(folder.path());
-    let arguments = [
-        "--prefill",
-        "1",
-        "--decode",
-        "1",
-        "--store",
-        "1",
-        "--set",
-        "router.local_prefill_tokens_max=0",
-    ];
-    let cluster = Cluster::start(&model, &arguments);
+    let (cluster, model, folder) = cluster();
     let text = "a b c d ".repeat(60);
     generate(&cluster, &text);
     let model = model.display().to_string();
     let prompt = ["--text", &text, "--model", &model];
-    let blocks = wait_for("the prompt to be cached", || {
-        match held(&cluster, &prompt, "prefill-0") {
-            0 => None,
-            blocks => Some(blocks),
-        }
-    });
+    let blocks = cached(&cluster, &prompt);
     let located = done(&cluster, &[&["locate"], &prompt[..]].concat());
     let hashes: Vec<&str> = located["hashes"]
         .as_array()
@@ -166,29 +169,12 @@ fn prompts_can_be_found_kept_moved_dropped_and_carried_in_files() {
 
 #[test]
 fn a_node_that_is_told_to_end_leaves_its_blocks_with_its_peers() {
-    let folder = tempfile::tempdir().expect("folder");
-    let model = tiny(folder.path());
-    let arguments = [
-        "--prefill",
-        "1",
-        "--decode",
-        "1",
-        "--store",
-        "1",
-        "--set",
-        "router.local_prefill_tokens_max=0",
-    ];
-    let cluster = Cluster::start(&model, &arguments);
+    let (cluster, model, _folder) = cluster();
     let text = "e f g h ".repeat(60);
     generate(&cluster, &text);
     let model = model.display().to_string();
     let prompt = ["--text", &text, "--model", &model];
-    let blocks = wait_for("the prompt to be cached", || {
-        match held(&cluster, &prompt, "prefill-0") {
-            0 => None,
-            blocks => Some(blocks),
-        }
-    });
+    let blocks = cached(&cluster, &prompt);
     // Only the node that ends shall have it.
     done(
         &cluster,

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use client::{Blocks, Buffer, Place};
 use engine::fixture::{TinyModel, write_tiny_gguf};
 use tests::cases::Random;
-use tests::{Cluster, PATIENCE, Process, client, heard, perigee, wait_for_status};
+use tests::{Cluster, PATIENCE, Process, client, newer, perigee, records, wait_for_status};
 use tokio::task::JoinSet;
 use transfer::{TcpTransport, tcp};
 use types::{BlockHash, Epoch, Error, ErrorCode, NodeRecord, Token};
@@ -53,30 +53,15 @@ impl Store {
         Process::start(&mut command, self.folder.path(), &self.id)
     }
 
-    /// Its entry, once the router has heard of an incarnation newer than `than`.
-    async fn record(&self, grpc: &str, than: Epoch) -> NodeRecord {
-        let mut client = client(grpc).await;
-        wait_for_status(&mut client, |status| {
-            let mut records = heard(&status)
-                .map(|node| -> NodeRecord { serde_json::from_str(&node.record_json).expect("record") });
-            records
-                .find(|record| record.id.as_str() == self.id && record.epoch > than)
-                .ok_or_else(|| format!("{} did not come", self.id))
-        })
-        .await
-    }
-
     /// Waits until the router does not count on it any more, and says how long that took.
     async fn unroutable(&self, grpc: &str) -> Duration {
         let begun = Instant::now();
         let mut client = client(grpc).await;
         wait_for_status(&mut client, |status| {
-            let mut records = heard(&status)
-                .map(|node| -> NodeRecord { serde_json::from_str(&node.record_json).expect("record") });
-            match records.find(|record| record.id.as_str() == self.id) {
-                None => Ok(begun.elapsed()),
-                Some(_) => Err(format!("the router still counts on {}", self.id)),
+            if records(&status).any(|record| record.id.as_str() == self.id) {
+                return Err(format!("the router still counts on {}", self.id));
             }
+            Ok(begun.elapsed())
         })
         .await
     }
@@ -177,7 +162,7 @@ async fn stores_die_in_turn_under_load_and_no_byte_is_wrong() {
     let mut processes: Vec<Process> = stores.iter().map(Store::start).collect();
     let records = Arc::new(Mutex::new(Vec::new()));
     for store in &stores {
-        let record = store.record(grpc, Epoch(0)).await;
+        let record = newer(grpc, &store.id, Epoch(0)).await;
         records.lock().expect("nobody panics").push(record);
     }
     let address = "127.0.0.1:0".parse().expect("an address");
@@ -216,7 +201,7 @@ async fn stores_die_in_turn_under_load_and_no_byte_is_wrong() {
             "nobody noticed: the test proves little"
         );
         processes[number] = store.start();
-        let record = store.record(grpc, past.epoch).await;
+        let record = newer(grpc, &store.id, past.epoch).await;
         let blocks = Blocks::new(transport.clone(), &record).expect("a store holds blocks");
         let chain = blocks.kv_root().chain(&[1; 1024], 32);
         assert_eq!(

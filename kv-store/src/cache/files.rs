@@ -7,11 +7,12 @@ use std::collections::VecDeque;
 use futures::{Stream, stream};
 use proto::{convert, v1};
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use tonic::{Status, Streaming};
 use types::{BlockHash, Checksum, Error, ErrorCode};
 
 use super::Cache;
+use crate::service::check_root;
 use crate::store::{BlockPin, OwnedBlock, Store};
 
 /// Bytes of one message: small beside the largest that is accepted, large beside what a message costs.
@@ -68,10 +69,9 @@ impl Sending {
             return Some(Part::Header(header));
         }
         let pin = self.pins.front()?;
-        let range = self.store.byte_range(pin.block());
         let block_bytes = self.store.layout().block_bytes();
         let len = PIECE_BYTES.min(block_bytes - self.sent);
-        let start = usize::try_from(range.start).expect("the pool is in memory") + self.sent;
+        let start = self.store.offset(pin.block()) + self.sent;
         let bytes = transfer::memory::copy_out(self.store.memory().as_ref(), start, len);
         let bytes = bytes.expect("blocks are inside the pool, and the pool is host memory");
         self.sent += len;
@@ -92,7 +92,7 @@ pub(super) async fn import(
     let Some(Part::Header(header)) = next(&mut parts).await? else {
         return Err(Error::invalid("part", "an import begins with its header"));
     };
-    cache.check_root(&header.kv_root)?;
+    check_root(cache.store(), &header.kv_root)?;
     let file = header.file.unwrap_or_default();
     let root = convert::hash("root", &file.root)?;
     let chain = cache.chain("chain", file.chain.as_ref())?;
@@ -147,8 +147,7 @@ pub(super) async fn import(
 }
 
 async fn next(parts: &mut Streaming<v1::ImportRequest>) -> Result<Option<v1::import_request::Part>, Error> {
-    let until = Instant::now() + PIECE_TIMEOUT;
-    let message = timeout(until - Instant::now(), parts.message()).await;
+    let message = timeout(PIECE_TIMEOUT, parts.message()).await;
     let message = message.map_err(|_| {
         Error::new(
             ErrorCode::Timeout,
@@ -182,9 +181,8 @@ impl Receiving<'_> {
             }
         };
         let (now, rest) = bytes.split_at(bytes.len().min(block_bytes - self.filled));
-        let start =
-            usize::try_from(self.store.byte_range(block.block()).start).expect("the pool is in memory");
-        let copied = transfer::memory::copy_in(self.store.memory().as_ref(), start + self.filled, now);
+        let start = self.store.offset(block.block()) + self.filled;
+        let copied = transfer::memory::copy_in(self.store.memory().as_ref(), start, now);
         copied.expect("blocks are inside the pool, and the pool is host memory");
         self.filled += now.len();
         if self.filled < block_bytes {

@@ -80,7 +80,7 @@ impl Pins {
         if blocks.is_empty() {
             return Ok(v1::PinResponse::default());
         }
-        let now = tokio::time::Instant::now().into_std();
+        let now = crate::store::now();
         self.expire(now);
         let mut open = self.lock();
         let pinned: usize = open.pins.values().map(|pin| pin.blocks.len()).sum();

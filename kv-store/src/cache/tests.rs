@@ -2,6 +2,8 @@ use futures::stream;
 use rstest::rstest;
 use types::BlockHash;
 
+use types::ErrorCode;
+
 use super::*;
 use crate::Config;
 use crate::testing::{BLOCK_TOKENS, Peer, assert_content, compute, tokens};

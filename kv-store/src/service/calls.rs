@@ -17,8 +17,8 @@ use tokio::time::timeout;
 use transfer::{Calls, Keep, Place, Reply};
 use types::{BlockHash, Checksum, Error, ErrorCode};
 
-use super::Service;
-use super::put::publish;
+use super::put::{publish, verify};
+use super::{Service, check_root};
 use crate::store::{BlockPin, OwnedBlock, Store};
 
 /// Longest wait for a parent that another call brings, whatever is asked for.
@@ -43,7 +43,7 @@ impl Service {
     fn read_call(&self, message: &[u8]) -> Result<store_call::Call, Error> {
         let unreadable = |error: prost::DecodeError| Error::new(ErrorCode::Invalid, error.to_string());
         let v1::StoreCall { kv_root, call } = v1::StoreCall::decode(message).map_err(unreadable)?;
-        self.check_root(&kv_root)?;
+        check_root(&self.store, &kv_root)?;
         call.ok_or_else(|| Error::new(ErrorCode::Invalid, "a call that asks for nothing"))
     }
 
@@ -154,11 +154,7 @@ impl Landing {
         let checksums: Vec<_> = self.checksums.into_iter().map(Checksum).collect();
         let promised = self.hashes.iter().copied().zip(checksums);
         let written: Vec<_> = blocks.into_iter().zip(promised).collect();
-        for (block, (hash, checksum)) in &written {
-            self.store.verify(block, *hash, *checksum)?;
-            // Hashing one block is short, hashing all of them is not.
-            tokio::task::yield_now().await;
-        }
+        verify(&self.store, &written).await?;
         let _before = self.store.await_parent(self.parent, self.parent_wait).await?;
         publish(&self.store, written, self.parent);
         Ok(encode(put_reply(held_blocks)))
@@ -167,7 +163,7 @@ impl Landing {
 
 impl Store {
     /// Pins a block that others hang under.
-    fn pin_parent(&self, parent: BlockHash) -> Result<Vec<BlockPin>, Error> {
+    pub(super) fn pin_parent(&self, parent: BlockHash) -> Result<Vec<BlockPin>, Error> {
         let pins = self.pin_held(&[parent]);
         if pins.is_empty() {
             let message =

@@ -11,7 +11,7 @@ use types::{BlockHash, Checksum, Error, ErrorCode};
 
 use super::{region_to_wire, too_many};
 use crate::expiring::Expiring;
-use crate::store::{BlockPin, Grant, OwnedBlock, Store};
+use crate::store::{BlockPin, Corrupt, Grant, OwnedBlock, Store};
 
 /// The reservations that are open.
 #[derive(Debug)]
@@ -51,13 +51,7 @@ impl Puts {
         self.lock().check_room().map_err(full)?;
         let mut before = Vec::new();
         if !store.is_root(parent) {
-            before = store.pin_held(&[parent]);
-            if before.is_empty() {
-                return Err(Error::new(
-                    ErrorCode::NotFound,
-                    format!("parent {parent} is neither held by this node nor the root of a space it serves"),
-                ));
-            }
+            before = store.pin_parent(parent)?;
         }
         let held = store.pin_held(hashes);
         let held_blocks = held.len() as u64;
@@ -114,11 +108,7 @@ impl Puts {
             .into_iter()
             .zip(hashes.into_iter().zip(checksums))
             .collect();
-        for (block, (hash, checksum)) in &written {
-            store.verify(block, *hash, *checksum)?;
-            // Hashing one block is short, hashing all of them is not.
-            tokio::task::yield_now().await;
-        }
+        verify(store, &written).await?;
         publish(store, written, parent);
         // Only now may what comes before be evicted.
         drop(before);
@@ -164,12 +154,21 @@ impl Puts {
     }
 }
 
+/// A block that was written, and what it was promised to be.
+type Written = (OwnedBlock, (BlockHash, Checksum));
+
+/// Verifies all blocks, or says which is wrong.
+pub(super) async fn verify(store: &Store, written: &[Written]) -> Result<(), Corrupt> {
+    for (block, (hash, checksum)) in written {
+        store.verify(block, *hash, *checksum)?;
+        // Hashing one block is short, hashing all of them is not.
+        tokio::task::yield_now().await;
+    }
+    Ok(())
+}
+
 /// Makes verified blocks, which follow each other, available under their hashes. Those before must be pinned.
-pub(super) fn publish(
-    store: &Store,
-    written: impl IntoIterator<Item = (OwnedBlock, (BlockHash, Checksum))>,
-    mut parent: BlockHash,
-) {
+pub(super) fn publish(store: &Store, written: Vec<Written>, mut parent: BlockHash) {
     let mut published = Vec::new();
     for (block, (hash, checksum)) in written {
         published.push(store.commit_verified(block, parent, hash, checksum));

@@ -3,9 +3,9 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use types::BlockHash;
+use types::{BlockDescriptor, BlockHash};
 
-use super::{BlockPin, Store, now};
+use super::{Store, now};
 
 impl Store {
     /// Whether this node's memory has changed blocks so often that it neither caches nor gives any. Only a restart ends it.
@@ -29,14 +29,11 @@ impl Store {
         }
     }
 
-    /// Pins one block to look at it, which is no use of it: the closure gets the block, and its worth stays what it was.
-    pub(crate) fn inspect<R>(&self, hash: BlockHash, look: impl FnOnce(&BlockPin) -> R) -> Option<R> {
-        let (worth, held) =
-            self.with_table(|table| Some((table.worth(hash, now())?, table.pin_run(&[hash]).pop()?)))?;
-        let pin = BlockPin::cached(self.clone(), held);
-        let result = look(&pin);
-        drop(pin);
-        self.with_table(|table| table.lower_worth(hash, worth, now()));
+    /// Pins one block to look at it, which is no use of it.
+    pub(crate) fn inspect<R>(&self, hash: BlockHash, look: impl FnOnce(&BlockDescriptor) -> R) -> Option<R> {
+        let held = self.with_table(|table| table.pin_run(&[hash]).pop())?;
+        let result = look(&held);
+        self.with_table(|table| table.unpin_unused(held.block, now()));
         Some(result)
     }
 }

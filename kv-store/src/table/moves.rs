@@ -104,7 +104,7 @@ impl BlockTable {
         }
     }
 
-    /// Whether the block is held.
+    /// Whether the block is in the pool.
     pub fn holds(&self, hash: BlockHash) -> bool {
         self.by_hash.contains_key(&hash)
     }

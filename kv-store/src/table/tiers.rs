@@ -53,14 +53,9 @@ impl BlockTable {
         &self.disk
     }
 
-    /// Whether the block is in the pool.
-    pub fn contains(&self, hash: &BlockHash) -> bool {
-        self.by_hash.contains_key(hash)
-    }
-
     /// The fastest tier that holds the block.
     pub fn tier_of(&self, hash: &BlockHash) -> Option<Tier> {
-        if self.contains(hash) {
+        if self.holds(*hash) {
             return Some(TIER);
         }
         self.disk.contains(hash).then_some(Tier::Disk)
@@ -190,7 +185,7 @@ impl BlockTable {
 
     /// The disk has dropped a block.
     fn announce_left_disk(&mut self, hash: BlockHash) {
-        if !self.contains(&hash) {
+        if !self.holds(hash) {
             self.log.append(BlockEvent::Removed { hash });
         }
     }
@@ -198,7 +193,7 @@ impl BlockTable {
     /// The blocks that a snapshot lists beside those of the pool.
     pub(super) fn on_disk_only(&self) -> impl Iterator<Item = (u64, SnapshotBlock)> {
         let blocks = self.disk.blocks();
-        let only = blocks.filter(|(_, record)| !self.contains(&record.hash));
+        let only = blocks.filter(|(_, record)| !self.holds(record.hash));
         only.map(|(stored_at, record)| {
             let listed = SnapshotBlock {
                 hash: record.hash,

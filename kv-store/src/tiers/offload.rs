@@ -11,7 +11,6 @@ use std::collections::VecDeque;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use tokio::time::Instant;
 use types::{BlockEvent, BlockHash, Tier};
 
 use super::Offloading;
@@ -45,7 +44,7 @@ impl Plan {
         let table = store.table();
         let counts = table.counts();
         if counts.free * SHORT_OF_FREE < counts.capacity {
-            let mut coldest = table.coldest(WINDOW, Instant::now().into_std());
+            let mut coldest = table.coldest(WINDOW, crate::store::now());
             coldest.retain(|victim| !table.disk().contains_or_awaits(&victim.hash));
             drop(table);
             coldest.sort_by(|a, b| b.worth.total_cmp(&a.worth));

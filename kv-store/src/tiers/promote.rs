@@ -55,7 +55,7 @@ impl Above {
         let (missing, anchor) = {
             let table = store.table();
             let disk = table.disk();
-            let missing = disk.ancestors_after(first, |hash| table.contains(hash));
+            let missing = disk.ancestors_after(first, |hash| table.holds(*hash));
             let top = disk.record(missing.first().unwrap_or(first))?;
             (missing, (!top.follows_root).then_some(top.parent))
         };

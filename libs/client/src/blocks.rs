@@ -40,6 +40,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 #[derive(Clone)]
 pub struct Blocks {
     node: Arc<Node>,
+    deadline: Duration,
 }
 
 struct Node {
@@ -48,7 +49,6 @@ struct Node {
     epoch: Epoch,
     kv_root: BlockHash,
     block_bytes: u64,
-    deadline: Duration,
     /// Of the parts of all batches: no more than the transport has connections.
     lanes: Semaphore,
 }
@@ -104,33 +104,16 @@ impl Blocks {
                 epoch: record.epoch,
                 kv_root: space.root(),
                 block_bytes: space.layout.block_bytes() as u64,
-                deadline: DEADLINE,
                 lanes: Semaphore::new(PARTS_IN_FLIGHT),
             }),
+            deadline: DEADLINE,
         })
     }
 
     /// Gives every batch another deadline.
     #[must_use]
     pub fn with_deadline(self, deadline: Duration) -> Self {
-        let Node {
-            transport,
-            endpoint,
-            epoch,
-            kv_root,
-            block_bytes,
-            ..
-        } = &*self.node;
-        let node = Node {
-            transport: transport.clone(),
-            endpoint: endpoint.clone(),
-            epoch: *epoch,
-            kv_root: *kv_root,
-            block_bytes: *block_bytes,
-            deadline,
-            lanes: Semaphore::new(PARTS_IN_FLIGHT),
-        };
-        Self { node: Arc::new(node) }
+        Self { deadline, ..self }
     }
 
     /// Bytes of one block.
@@ -168,7 +151,7 @@ impl Blocks {
     ///
     /// `conflict` if the node is of another KV space; `fenced` if it is another incarnation; it cannot be reached in time.
     pub async fn exists(&self, hashes: &[BlockHash]) -> Result<Vec<bool>, Error> {
-        let deadline = Instant::now() + self.node.deadline;
+        let deadline = Instant::now() + self.deadline;
         let mut held = Vec::with_capacity(hashes.len());
         for hashes in hashes.chunks(EXISTS_MAX) {
             let asked = hashes.len();
@@ -195,7 +178,7 @@ impl Blocks {
         first: usize,
     ) -> Result<usize, Error> {
         buffer.check(first, hashes.len(), self.node.block_bytes)?;
-        let deadline = Instant::now() + self.node.deadline;
+        let deadline = Instant::now() + self.deadline;
         let parts = self.parts(hashes.len());
         let parts: Vec<_> = parts
             .map(|part| {
@@ -204,11 +187,8 @@ impl Blocks {
                 async move { node.get(&hashes, &buffer, at, deadline).await }
             })
             .collect();
-        let asked = self.parts(hashes.len()).map(|part| part.len());
         let got = in_flight(&self.node.lanes, parts).await?;
-        let whole = got.iter().zip(asked).take_while(|(got, asked)| *got == asked);
-        let whole = whole.count();
-        Ok(got.iter().take(whole + 1).sum())
+        Ok(self.leading(hashes.len(), &got))
     }
 
     /// Puts these consecutive blocks, which lie in `buffer` from its block `first` on, into the node's pool, and says how
@@ -225,7 +205,7 @@ impl Blocks {
         first: usize,
     ) -> Result<usize, Error> {
         buffer.check(first, hashes.len(), self.node.block_bytes)?;
-        let deadline = Instant::now() + self.node.deadline;
+        let deadline = Instant::now() + self.deadline;
         let parts = self.parts(hashes.len()).map(|part| {
             let before = part.start.checked_sub(1).map(|before| hashes[before]);
             let put = v1::PutCall {
@@ -239,10 +219,14 @@ impl Blocks {
             async move { node.put(put, &buffer, at, deadline).await }
         });
         let held = in_flight(&self.node.lanes, parts.collect()).await?;
-        let asked = self.parts(hashes.len()).map(|part| part.len());
-        let whole = held.iter().zip(asked).take_while(|(held, asked)| *held == asked);
-        let whole = whole.count();
-        Ok(held.iter().take(whole + 1).sum())
+        Ok(self.leading(hashes.len(), &held))
+    }
+
+    /// Leading ones of `blocks` blocks, where each part did so many of its own.
+    fn leading(&self, blocks: usize, done: &[usize]) -> usize {
+        let parts = self.parts(blocks).zip(done);
+        let whole = parts.take_while(|(part, done)| part.len() == **done).count();
+        done.iter().take(whole + 1).sum()
     }
 
     /// The parts into which so many blocks are split.
