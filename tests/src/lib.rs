@@ -8,6 +8,7 @@ pub mod cases;
 pub mod etcd;
 
 use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
 use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ use proto::v1;
 use proto::v1::inference_client::InferenceClient;
 use serde::Deserialize;
 use tonic::transport::Channel;
-use types::Token;
+use types::{Epoch, NodeRecord, Token};
 
 /// How long anything may take here before the test fails: generous, since CI machines are small and shared.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -71,10 +72,18 @@ pub fn model() -> PathBuf {
     path
 }
 
-/// A port that nothing listened on a moment ago.
+/// A port that nothing listened on a moment ago, and that Linux gives to no outgoing connection (those begin at 32768):
+/// a node that is killed and started again finds its port free, however many connections were opened in between.
+///
+/// # Panics
+///
+/// If none of a hundred ports is free.
 pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
-    listener.local_addr().expect("address").port()
+    let mut random = cases::Random::new(RandomState::new().hash_one(()));
+    (0..100)
+        .map(|_| u16::try_from(random.between(10_000, 30_000)).expect("small"))
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .expect("a free port among a hundred")
 }
 
 /// Waits until `look` gives something.
@@ -369,6 +378,22 @@ pub async fn wait_for_status<T>(
 pub fn heard(status: &v1::ClusterStatusResponse) -> impl Iterator<Item = &v1::NodeStatus> {
     let nodes = status.nodes.iter();
     nodes.filter(|node| node.connected && !node.load_json.is_empty())
+}
+
+/// Entries of the nodes that the router has heard of.
+pub fn records(status: &v1::ClusterStatusResponse) -> impl Iterator<Item = NodeRecord> {
+    heard(status).map(|node| serde_json::from_str(&node.record_json).expect("record"))
+}
+
+/// Waits until the router at `url` has heard of an incarnation of `id` that is newer than `than`.
+pub async fn newer(url: &str, id: &str, than: Epoch) -> NodeRecord {
+    let mut client = client(url).await;
+    wait_for_status(&mut client, |status| {
+        let mut records = records(&status);
+        let found = records.find(|record| record.id.as_str() == id && record.epoch > than);
+        found.ok_or_else(|| format!("{id} did not come back"))
+    })
+    .await
 }
 
 /// Waits until the router's index knows at least `blocks` blocks: logs reach it a moment after a request ended.

@@ -14,7 +14,7 @@ use proto::v1::prefill_client::PrefillClient;
 use proto::v1::{prefill_command, prefill_event};
 use proto::{status, v1};
 use tests::cases::{Case, Random, token};
-use tests::{Cluster, PATIENCE, Process, client, free_port, generate, heard, perigee, wait_for_status};
+use tests::{Cluster, PATIENCE, Process, client, free_port, generate, newer, perigee};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use transfer::{
@@ -64,19 +64,6 @@ impl Victim {
             .arg(&self.model);
         Process::start(&mut command, self.folder.path(), &self.id)
     }
-}
-
-/// Waits until the router has heard of an incarnation of `id` that is newer than `than`.
-async fn newer(grpc: &str, id: &str, than: Epoch) -> NodeRecord {
-    let mut client = client(grpc).await;
-    wait_for_status(&mut client, |status| {
-        let mut records = heard(&status)
-            .map(|node| -> NodeRecord { serde_json::from_str(&node.record_json).expect("record") });
-        records
-            .find(|record| record.id.as_str() == id && record.epoch > than)
-            .ok_or_else(|| format!("{id} did not come back"))
-    })
-    .await
 }
 
 /// The incarnation that is at the ports now takes nothing that is meant for `past`.
@@ -297,8 +284,11 @@ async fn nodes_that_are_killed_again_and_again_cost_no_request_and_trouble_no_ot
     assert!(seen.ends.keys().eq(["ok"].iter()), "requests failed: {seen:?}");
     assert!(cluster.up.alive());
     let log = cluster.up.log();
+    // UCX prints an error of its own for memory of a peer that is killed while it is being mapped: expected here, and
+    // the transfer falls back. What a node says of itself is what counts.
     let again = log
         .lines()
+        .filter(|line| !line.contains("UCX  ERROR"))
         .find(|line| line.contains("starting it again") || line.contains("ERROR"));
     assert_eq!(again, None, "another node was troubled");
     for (mut process, _folder) in running {
