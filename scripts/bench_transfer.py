@@ -84,8 +84,8 @@ def cheapest(samples):
 
 # Blocks of 1 MiB, a few at a time, as a layer group of a prompt has them.
 VERIFIED = [Case(op, MIB, 4, 1) for op in ("write", "read")]
-# One place is written while the one before is hashed, and a wake-up may come late.
-VERIFIED_PLACES = 3
+# Pools are larger than caches: both ends walk over 192 MiB, so that every block comes from memory.
+VERIFIED_PLACES = 48
 
 
 def collect(found, wanted, rounds, seconds):

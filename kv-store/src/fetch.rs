@@ -302,19 +302,25 @@ impl Attempt<'_> {
         };
         let complete = blocks.len() == promised.len();
         let transport = self.store.transport();
-        if !blocks.is_empty() {
-            outcome.transport = transport.read(batch, self.deadline).await?.mover;
+        let mut seen = Vec::new();
+        if let (false, Some(unit_bytes)) = (blocks.is_empty(), self.store.unit_bytes()) {
+            let read = transport.read_hashed(batch, unit_bytes, self.deadline);
+            let (stats, checksums) = read.await?;
+            (outcome.transport, seen) = (stats.mover, checksums);
         }
         let blocks = Arc::into_inner(blocks).ok_or(FetchError::StillMoving)?;
-        for (block, promised) in blocks.into_iter().zip(promised) {
+        for (index, (block, promised)) in blocks.into_iter().zip(promised).enumerate() {
             let next = self.fetch.from + outcome.blocks.len();
             let parent = match next.checked_sub(1) {
                 None => self.fetch.root,
                 Some(before) => self.fetch.chain[before],
             };
+            let seen = seen.get(index).copied();
+            self.store
+                .verify_seen(&block, seen, promised.hash, promised.checksum)?;
             let pin = self
                 .store
-                .adopt(block, parent, promised.hash, promised.checksum)?;
+                .commit_verified(block, parent, promised.hash, promised.checksum);
             outcome.blocks.push(pin);
             outcome.bytes += block_bytes;
             self.store.inner().metrics.fetched_blocks.inc();

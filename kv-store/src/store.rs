@@ -10,6 +10,7 @@
 //! Elsewhere: decisions (`table.rs`), one sequence's blocks (`sequence.rs`), peers (`service.rs`, `fetch.rs`).
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -424,7 +425,18 @@ impl Store {
 
     /// Checks the bytes of a block that a peer wrote; counts it if they are wrong.
     pub fn verify(&self, block: &OwnedBlock, hash: BlockHash, expected: Checksum) -> Result<(), Corrupt> {
-        let found = self.checksum(block.block());
+        self.verify_seen(block, None, hash, expected)
+    }
+
+    /// As [`Store::verify`], for a block whose checksum was `seen` when it was written here, if it was.
+    pub(crate) fn verify_seen(
+        &self,
+        block: &OwnedBlock,
+        seen: Option<Checksum>,
+        hash: BlockHash,
+        expected: Checksum,
+    ) -> Result<(), Corrupt> {
+        let found = seen.unwrap_or_else(|| self.checksum(block.block()));
         if found == expected {
             return Ok(());
         }
@@ -434,6 +446,11 @@ impl Store {
             expected,
             found,
         })
+    }
+
+    /// What a transfer is to make checksums of: a block.
+    pub(crate) fn unit_bytes(&self) -> Option<NonZeroU64> {
+        NonZeroU64::new(self.inner.block_bytes as u64)
     }
 
     /// XXH3-64 of all bytes of a block. The caller owns or pins it.

@@ -83,6 +83,7 @@ impl Service {
                 memory: self.store.memory(),
                 runs,
                 keep,
+                unit_bytes: None,
             },
         })
     }
@@ -117,6 +118,7 @@ impl Service {
             memory: self.store.memory(),
             runs: join(blocks.iter().map(|block| self.store.byte_range(block.block()))),
             keep: Keep::new(blocks.clone()),
+            unit_bytes: self.store.unit_bytes(),
         };
         let landing = Landing {
             store: self.store.clone(),
@@ -126,8 +128,8 @@ impl Service {
             hashes,
             checksums: call.checksums,
         };
-        let landed = Box::new(move || {
-            let landed = landing.landed();
+        let landed = Box::new(move |seen| {
+            let landed = landing.landed(seen);
             async move { landed.await.unwrap_or_else(|error| failed(&error)) }.boxed()
         });
         Ok(Reply::Take { into, landed })
@@ -146,7 +148,8 @@ struct Landing {
 }
 
 impl Landing {
-    async fn landed(self) -> Result<Vec<u8>, Error> {
+    /// `seen` are checksums of the first blocks, as far as they were seen.
+    async fn landed(self, seen: Vec<Checksum>) -> Result<Vec<u8>, Error> {
         let blocks = Arc::into_inner(self.blocks);
         let blocks =
             blocks.ok_or_else(|| Error::new(ErrorCode::Internal, "the blocks are still being written"))?;
@@ -154,7 +157,7 @@ impl Landing {
         let checksums: Vec<_> = self.checksums.into_iter().map(Checksum).collect();
         let promised = self.hashes.iter().copied().zip(checksums);
         let written: Vec<_> = blocks.into_iter().zip(promised).collect();
-        verify(&self.store, &written).await?;
+        verify(&self.store, &written, &seen).await?;
         let _before = self.store.await_parent(self.parent, self.parent_wait).await?;
         publish(&self.store, written, self.parent);
         Ok(encode(put_reply(held_blocks)))

@@ -108,7 +108,7 @@ impl Puts {
             .into_iter()
             .zip(hashes.into_iter().zip(checksums))
             .collect();
-        verify(store, &written).await?;
+        verify(store, &written, &[]).await?;
         publish(store, written, parent);
         // Only now may what comes before be evicted.
         drop(before);
@@ -157,10 +157,10 @@ impl Puts {
 /// A block that was written, and what it was promised to be.
 type Written = (OwnedBlock, (BlockHash, Checksum));
 
-/// Verifies all blocks, or says which is wrong.
-pub(super) async fn verify(store: &Store, written: &[Written]) -> Result<(), Corrupt> {
-    for (block, (hash, checksum)) in written {
-        store.verify(block, *hash, *checksum)?;
+/// Verifies all blocks, or says which is wrong. `seen` are the checksums of the first, as far as they were seen.
+pub(super) async fn verify(store: &Store, written: &[Written], seen: &[Checksum]) -> Result<(), Corrupt> {
+    for (index, (block, (hash, checksum))) in written.iter().enumerate() {
+        store.verify_seen(block, seen.get(index).copied(), *hash, *checksum)?;
         // Hashing one block is short, hashing all of them is not.
         tokio::task::yield_now().await;
     }

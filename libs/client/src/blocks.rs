@@ -8,6 +8,7 @@
 //!
 //! Elsewhere: leases and reservations for whoever moves blocks by itself (`store.rs`), the calls (`transfer::calls`).
 
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -158,7 +159,9 @@ impl Blocks {
             let hashes = convert::hashes_to_wire(hashes);
             let call = store_call::Call::Exists(v1::ExistsCall { hashes });
             match self.node.call(call, Payload::None, deadline).await? {
-                store_reply::Reply::Exists(reply) if reply.held.len() == asked => held.extend(reply.held),
+                (store_reply::Reply::Exists(reply), _) if reply.held.len() == asked => {
+                    held.extend(reply.held)
+                }
                 _ => return Err(self.node.nonsense("exists")),
             }
         }
@@ -288,18 +291,23 @@ impl Node {
             region: buffer.inner.region,
             runs: vec![buffer.run(first, hashes.len())],
             keep: Keep::new(buffer.inner.clone()),
+            unit_bytes: NonZeroU64::new(buffer.inner.block_bytes),
         };
         let call = store_call::Call::Get(v1::GetCall {
             hashes: convert::hashes_to_wire(hashes),
         });
-        let reply = match self.call(call, payload, deadline).await? {
-            store_reply::Reply::Get(reply) if reply.blocks.len() <= hashes.len() => reply,
+        let (reply, seen) = match self.call(call, payload, deadline).await? {
+            (store_reply::Reply::Get(reply), seen) if reply.blocks.len() <= hashes.len() => (reply, seen),
             _ => return Err(self.nonsense("get")),
         };
         let mut verified = 0;
         for block in &reply.blocks {
             // A block that was replaced while it was read is not held any more.
-            if buffer.checksum(first + verified)? != Checksum(block.checksum) {
+            let found = match seen.get(verified) {
+                Some(seen) => *seen,
+                None => buffer.checksum(first + verified)?,
+            };
+            if found != Checksum(block.checksum) {
                 break;
             }
             verified += 1;
@@ -324,19 +332,20 @@ impl Node {
         };
         let call = store_call::Call::Put(put);
         match self.call(call, payload, deadline).await? {
-            store_reply::Reply::Put(reply) if reply.held_blocks as usize <= blocks => {
+            (store_reply::Reply::Put(reply), _) if reply.held_blocks as usize <= blocks => {
                 Ok(reply.held_blocks as usize)
             }
             _ => Err(self.nonsense("put")),
         }
     }
 
+    /// The answer, and the checksums of the first blocks that came with it, as far as they were seen.
     async fn call(
         &self,
         call: store_call::Call,
         payload: Payload,
         deadline: Instant,
-    ) -> Result<store_reply::Reply, Error> {
+    ) -> Result<(store_reply::Reply, Vec<Checksum>), Error> {
         let message = v1::StoreCall {
             kv_root: self.kv_root.0.to_vec(),
             call: Some(call),
@@ -352,7 +361,7 @@ impl Node {
         match reply.ok().and_then(|reply| reply.reply) {
             None => Err(self.nonsense("a call")),
             Some(store_reply::Reply::Failed(failure)) => Err(status::from_failure(&failure)),
-            Some(reply) => Ok(reply),
+            Some(reply) => Ok((reply, answered.checksums)),
         }
     }
 

@@ -12,10 +12,11 @@
 //!
 //! Elsewhere: what calls mean (`kv-store`), the wire (`tcp.rs`).
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
-use types::{Epoch, Memory};
+use types::{Checksum, Epoch, Memory};
 
 use crate::TransferError;
 use crate::transport::{Keep, RegionId};
@@ -58,6 +59,8 @@ pub enum Payload {
         runs: Vec<(u64, u64)>,
         /// What keeps the runs from being used otherwise, as in [`crate::TransferBatch`].
         keep: Keep,
+        /// Of how many bytes each the caller wants checksums, as in [`crate::Transport::read_hashed`].
+        unit_bytes: Option<NonZeroU64>,
     },
 }
 
@@ -88,6 +91,8 @@ pub struct Answered {
     pub received_bytes: u64,
     /// What moved the bytes: `tcp`, `ucx` or `mem`.
     pub mover: &'static str,
+    /// Of the first of them, if they were asked for and this processor copied the bytes; or none.
+    pub checksums: Vec<Checksum>,
 }
 
 /// Whoever answers the calls of peers.
@@ -105,7 +110,7 @@ pub enum Reply {
     Take {
         /// Where the first bytes go; what it has no room for is thrown away.
         into: Place,
-        /// Called when they are there. Dropped without if they did not come, and then nothing writes there any more.
+        /// Called when they are there, with checksums of the first of them, or none. Dropped without if they did not come, and then nothing writes there any more.
         landed: Landed,
     },
     /// With a message and these bytes, no more than the caller has room for.
@@ -118,7 +123,7 @@ pub enum Reply {
 }
 
 /// Makes the answer once a call's bytes are where they belong.
-pub type Landed = Box<dyn FnOnce() -> BoxFuture<'static, Vec<u8>> + Send>;
+pub type Landed = Box<dyn FnOnce(Vec<Checksum>) -> BoxFuture<'static, Vec<u8>> + Send>;
 
 /// Bytes of the called node.
 pub struct Place {
@@ -128,6 +133,8 @@ pub struct Place {
     pub runs: Vec<(u64, u64)>,
     /// What keeps the runs. The transport drops it before it calls [`Landed`].
     pub keep: Keep,
+    /// Where bytes are taken: of how many each the taker wants checksums, as in [`crate::Transport::read_hashed`].
+    pub unit_bytes: Option<NonZeroU64>,
 }
 
 impl Place {

@@ -38,6 +38,7 @@
 //! - [`mem`]: a deterministic network with seeded faults, for tests;
 //! - [`memory`]: memory of this process, and checked copies in and out of any [`types::Memory`];
 //! - `region.rs`: which memory is registered, what is granted, and the fence itself (shared by all transports);
+//! - `digest.rs`: checksums of bytes that are copied here anyway;
 //! - `cursor.rs`: the system calls that move bytes between a socket and raw memory.
 //!
 //! Elsewhere: who may use which block and when (`kv-store`), checksums and generations that tell a reader
@@ -47,6 +48,7 @@
 mod barrier;
 pub mod calls;
 mod cursor;
+mod digest;
 pub mod error;
 pub mod mem;
 pub mod memory;

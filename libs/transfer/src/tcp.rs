@@ -68,18 +68,18 @@ mod wire;
 pub(crate) use call::check as check_runs;
 
 use std::net::SocketAddr;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::ops::Range;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
-use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::{FutureExt, TryFutureExt};
 use tokio::net::TcpListener;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use types::{Epoch, Memory};
+use types::{Checksum, Epoch, Memory};
 
 use crate::calls::{Answered, Call, Calls};
 use crate::memory::{self, HugePages, Placement};
@@ -336,7 +336,8 @@ impl Transport for TcpTransport {
         batch: TransferBatch,
         deadline: Instant,
     ) -> BoxFuture<'static, Result<TransferStats, TransferError>> {
-        client::transfer(self.shared.clone(), wire::Operation::Write, batch, deadline)
+        let written = client::transfer(self.shared.clone(), wire::Operation::Write, batch, None, deadline);
+        written.map_ok(|(stats, _)| stats).boxed()
     }
 
     fn read(
@@ -344,7 +345,24 @@ impl Transport for TcpTransport {
         batch: TransferBatch,
         deadline: Instant,
     ) -> BoxFuture<'static, Result<TransferStats, TransferError>> {
-        client::transfer(self.shared.clone(), wire::Operation::Read, batch, deadline)
+        let read = client::transfer(self.shared.clone(), wire::Operation::Read, batch, None, deadline);
+        read.map_ok(|(stats, _)| stats).boxed()
+    }
+
+    fn read_hashed(
+        &self,
+        batch: TransferBatch,
+        unit_bytes: NonZeroU64,
+        deadline: Instant,
+    ) -> BoxFuture<'static, Result<(TransferStats, Vec<Checksum>), TransferError>> {
+        let unit_bytes = Some(unit_bytes);
+        client::transfer(
+            self.shared.clone(),
+            wire::Operation::Read,
+            batch,
+            unit_bytes,
+            deadline,
+        )
     }
 
     fn flush(

@@ -27,14 +27,16 @@
 
 use std::any::Any;
 use std::fmt;
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use futures::{FutureExt, TryFutureExt};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
-use types::{Epoch, Memory};
+use types::{Checksum, Epoch, Memory};
 
 use crate::calls::{Answered, Call, Calls};
 use crate::{HostMemory, StatsSnapshot, TransferError};
@@ -195,6 +197,20 @@ pub trait Transport: Send + Sync + 'static {
         batch: TransferBatch,
         deadline: Instant,
     ) -> BoxFuture<'static, Result<TransferStats, TransferError>>;
+
+    /// As [`read`](Self::read). If the bytes passed through this processor, the result has the checksum of every
+    /// `unit_bytes` of them, in the order of the slices: of what has arrived in the local memory, and for much less than it
+    /// costs to hash it later. Or it has no checksum at all, and the caller makes them.
+    fn read_hashed(
+        &self,
+        batch: TransferBatch,
+        _unit_bytes: NonZeroU64,
+        deadline: Instant,
+    ) -> BoxFuture<'static, Result<(TransferStats, Vec<Checksum>), TransferError>> {
+        self.read(batch, deadline)
+            .map_ok(|stats| (stats, Vec::new()))
+            .boxed()
+    }
 
     /// Waits until every write to this endpoint for which [`write`](Self::write) was called before has ended,
     /// so that what they wrote is visible to the peer. Their errors are reported by themselves.

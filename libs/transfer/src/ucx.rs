@@ -27,6 +27,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::PathBuf;
 use std::ptr::{self, NonNull};
+use std::slice;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::time::Duration;
@@ -34,6 +35,8 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use types::{Memory, MemoryKind};
 use ucx_sys::Library;
+
+use crate::digest::Digest;
 
 pub(crate) use domain::Way;
 pub(crate) use driver::{Addresses, Run};
@@ -55,6 +58,10 @@ pub enum Choice {
     /// UCX for every pair, also where it only offers TCP. A node without it does not start.
     Ucx,
 }
+
+/// Of bytes that are hashed while they are copied: how many are copied before they are hashed. Few enough for the nearest
+/// cache, many enough that the copying does not notice.
+const HASHED_BYTES: usize = 8 << 10;
 
 /// Whether and how UCX is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -388,22 +395,40 @@ impl Window {
         offset.checked_add(bytes).is_some_and(|end| end <= self.bytes)
     }
 
-    /// Copies `bytes` bytes at `offset` of the peer's memory to the exposed address `local`. False if that memory is not
-    /// mapped, or the peer did not expose as much.
+    /// Copies `bytes` bytes at `offset` of the peer's memory to the exposed address `local`, and shows `digest` what came.
+    /// False if that memory is not mapped, or the peer did not expose as much.
     ///
     /// # Safety
     ///
     /// `bytes` bytes at `local` are valid for writes, and used by nobody else.
-    pub(crate) unsafe fn copy(&self, offset: u64, local: usize, bytes: usize) -> bool {
+    pub(crate) unsafe fn copy(
+        &self,
+        offset: u64,
+        local: usize,
+        bytes: usize,
+        digest: Option<&mut Digest>,
+    ) -> bool {
         let Some(mapped_at) = self.mapped_at.filter(|_| self.covers(offset, bytes as u64)) else {
             return false;
         };
-        let from = ptr::with_exposed_provenance::<libc::c_void>(mapped_at + offset as usize);
-        let to = ptr::with_exposed_provenance_mut::<libc::c_void>(local);
+        let from = ptr::with_exposed_provenance::<u8>(mapped_at + offset as usize);
+        let to = ptr::with_exposed_provenance_mut::<u8>(local);
         // SAFETY: the destination is the caller's promise; the source is inside of a mapping (checked above and when
         // the window was opened) that stays while the window lives: its key is destroyed by `drop`. The peer may change
         // the bytes meanwhile: they are plain memory to a foreign function, and checksums tell.
-        unsafe { libc::memcpy(to, from, bytes) };
+        let piece = |at: usize, bytes: usize| unsafe {
+            libc::memcpy(to.add(at).cast(), from.add(at).cast(), bytes);
+        };
+        let Some(digest) = digest else {
+            piece(0, bytes);
+            return true;
+        };
+        for at in (0..bytes).step_by(HASHED_BYTES) {
+            let len = HASHED_BYTES.min(bytes - at);
+            piece(at, len);
+            // SAFETY: just written, and used by nobody else (the caller's promise).
+            digest.take(unsafe { slice::from_raw_parts(to.add(at), len) });
+        }
         true
     }
 

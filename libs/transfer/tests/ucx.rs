@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)] // A test.
 
 use std::io::{BufRead, BufReader};
+use std::num::NonZeroU64;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use transfer::{
     Keep, RegionId, RemoteRegion, Slice, TcpTransport, TransferBatch, TransferError, TransferStats,
     Transport, tcp, ucx,
 };
-use types::{Epoch, ErrorCode, Memory};
+use types::{Checksum, Epoch, ErrorCode, Memory};
 
 const BYTES: usize = 8 << 20;
 /// Longer than anything here takes on a loaded machine.
@@ -102,6 +103,39 @@ impl Node {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
+}
+
+#[tokio::test]
+async fn checksums_come_with_a_read_that_takes_several_requests() {
+    if is_missing() {
+        return;
+    }
+    let (near, far) = (
+        Node::new(ucx::Choice::Ucx).await,
+        Node::new(ucx::Choice::Ucx).await,
+    );
+    let bytes: Vec<u8> = (0..BYTES).map(|at| (at * 7 + at / 253) as u8).collect();
+    copy_in(&*far.memory, 0, &bytes).unwrap();
+    // Thrice the memory, into the same places, is more than one request may have; 3 MiB do not divide what it may have.
+    let slice = |_| Slice {
+        local_offset: 0,
+        remote_offset: 0,
+        len: 6 << 20,
+    };
+    let batch = TransferBatch {
+        region: near.region,
+        remote: far.transport.expose_read(far.region).unwrap(),
+        slices: (0..3).map(slice).collect(),
+        keep: Keep::default(),
+    };
+    let unit_bytes = NonZeroU64::new(3 << 20).unwrap();
+    let read = near
+        .transport
+        .read_hashed(batch, unit_bytes, Instant::now() + PATIENCE);
+    let (stats, checksums) = read.await.unwrap();
+    assert!(stats.requests > 1, "{stats:?}");
+    let units = bytes[..6 << 20].chunks_exact(3 << 20).map(Checksum::of);
+    assert_eq!(checksums, units.cycle().take(6).collect::<Vec<_>>());
 }
 
 #[tokio::test]

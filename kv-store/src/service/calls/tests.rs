@@ -96,6 +96,7 @@ impl Called {
             region: self.region,
             runs: vec![(0, (hashes.len() * BLOCK) as u64)],
             keep: Keep::default(),
+            unit_bytes: None,
         };
         let store_reply::Reply::Get(reply) = self.ask(call, payload).await.unwrap() else {
             panic!("not the answer to a get");

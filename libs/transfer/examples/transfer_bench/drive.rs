@@ -1,12 +1,14 @@
 //! The process that transfers, and measures.
 //!
 //! A case keeps `in_flight` lanes busy. Each lane has its own places in both memories and does one batch after the
-//! other, at one place after the other. With `verify`, the receiving side hashes every landed slice while the lane
-//! goes on at its next place, and a place is used again only after its bytes were found right.
+//! other, at one place after the other. With `verify`, the receiving side compares the checksum of every landed slice: a read takes those that the transport
+//! made while it copied; where it made none, and for a write, landed slices are hashed while the lane
+//! goes on at its next place. A place is used again only after its bytes were found right.
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +18,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use transfer::{Keep, RegionId, RemoteRegion, Slice, TcpTransport, TransferBatch, Transport};
-use types::{Epoch, Memory};
+use types::{Checksum, Epoch, Memory};
 
 use crate::serve::{self, Ready, STREAM_CALL_BYTES};
 use crate::{Result, TransportArguments, usage};
@@ -232,14 +234,16 @@ async fn run_lane(ends: &Arc<Ends>, case: &Case, lane: u64, until: Instant) -> R
             keep: Keep::default(),
         };
         let deadline = (begun + BATCH_TIMEOUT).into();
-        let transferred = match case.op {
-            Operation::Write => ends.transport.write(batch, deadline).await?,
-            Operation::Read | Operation::Stream => ends.transport.read(batch, deadline).await?,
+        let unit_bytes = NonZeroU64::new(case.slice_bytes).filter(|_| case.verify);
+        let (transferred, seen) = match (case.op, unit_bytes) {
+            (Operation::Write, _) => (ends.transport.write(batch, deadline).await?, Vec::new()),
+            (_, None) => (ends.transport.read(batch, deadline).await?, Vec::new()),
+            (_, Some(unit_bytes)) => ends.transport.read_hashed(batch, unit_bytes, deadline).await?,
         };
         done.latencies.push(begun.elapsed());
         done.mover = transferred.mover;
         if let Some(verifier) = &mut verifier {
-            verifier.landed(ends, case, place).await?;
+            verifier.landed(ends, case, place, &seen).await?;
         }
     }
     if let Some(verifier) = verifier {
@@ -302,9 +306,16 @@ impl Verifier {
         })
     }
 
-    /// Begins to verify a place, and waits until so many are verified that the next place is free.
-    async fn landed(&mut self, ends: &Arc<Ends>, case: &Case, place: u64) -> Result<()> {
-        let ranges = &self.expected[place as usize].ranges;
+    /// Begins to verify a place, and waits until so many are verified that the next place is free. `seen` are the checksums
+    /// of its slices, if the transport made them.
+    async fn landed(&mut self, ends: &Arc<Ends>, case: &Case, place: u64, seen: &[Checksum]) -> Result<()> {
+        let Expected { ranges, hashes } = &self.expected[place as usize];
+        if !seen.is_empty() {
+            return match seen.iter().map(|checksum| checksum.0).eq(hashes.iter().copied()) {
+                true => Ok(()),
+                false => Err(format!("place {place} holds other bytes than were sent").into()),
+            };
+        }
         match case.op {
             Operation::Write => {
                 self.far.ask(&serde_json::to_string(ranges)?).await?;

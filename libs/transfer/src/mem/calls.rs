@@ -64,7 +64,7 @@ impl MemTransport {
                         .await?;
                 }
                 drop(into);
-                (landed().await, 0)
+                (landed(Vec::new()).await, 0)
             }
             Reply::Give { message, from } => {
                 let bytes = self.give(&call.endpoint, &random, &from, local.as_ref(), &room);
@@ -76,6 +76,7 @@ impl MemTransport {
             message,
             received_bytes,
             mover: SCHEME,
+            checksums: Vec::new(),
         })
     }
 

@@ -1,5 +1,6 @@
 //! The side that calls.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use super::{SCHEME, Shared, UCX, stream};
 use crate::TransferError;
 use crate::calls::{Answered, Call, Payload, pair, total};
 use crate::cursor::Cursor;
+use crate::digest::Digest;
 use crate::transport::Keep;
 use crate::ucx::Choice;
 
@@ -38,6 +40,8 @@ struct Bytes {
     /// With the call; with the answer otherwise.
     sent: bool,
     keep: Keep,
+    /// Of what comes with the answer: of how many bytes each the caller wants checksums.
+    unit_bytes: Option<NonZeroU64>,
 }
 
 /// How an attempt ended that was not refused.
@@ -90,10 +94,15 @@ fn count(shared: &Shared, asking: Option<&Asking>, result: &Result<Answered, Tra
 impl Asking {
     fn new(shared: &Shared, call: Call) -> Result<Self, TransferError> {
         call.check()?;
-        let (region, runs, sent, keep) = match call.payload {
-            Payload::None => (None, Vec::new(), false, Keep::default()),
-            Payload::Send { region, runs } => (Some(region), runs, true, Keep::default()),
-            Payload::Receive { region, runs, keep } => (Some(region), runs, false, keep),
+        let (region, runs, sent, keep, unit_bytes) = match call.payload {
+            Payload::None => (None, Vec::new(), false, Keep::default(), None),
+            Payload::Send { region, runs } => (Some(region), runs, true, Keep::default(), None),
+            Payload::Receive {
+                region,
+                runs,
+                keep,
+                unit_bytes,
+            } => (Some(region), runs, false, keep, unit_bytes),
         };
         let payload = match region {
             None => None,
@@ -105,6 +114,7 @@ impl Asking {
                     runs,
                     sent,
                     keep,
+                    unit_bytes,
                 })
             }
         };
@@ -176,7 +186,7 @@ impl Asking {
                 response
             }
         };
-        let mut received_bytes = 0;
+        let (mut received_bytes, mut digest) = (0, bytes.unit_bytes.map(Digest::new));
         if let Some(place) = response.place {
             let moved = async {
                 let (memory, theirs) = place.take().map_err(|error| error.to_string())?;
@@ -188,6 +198,7 @@ impl Asking {
                     runs: &runs,
                     grant: None,
                     keep: bytes.keep.clone(),
+                    digest: digest.as_mut(),
                 };
                 link.pull(pull, || false)
                     .await
@@ -203,6 +214,7 @@ impl Asking {
             message: response.message,
             received_bytes,
             mover: UCX,
+            checksums: digest.map(Digest::finish).unwrap_or_default(),
         }))
     }
 
@@ -219,6 +231,7 @@ impl Asking {
             message: response.message,
             received_bytes,
             mover: SCHEME,
+            checksums: Vec::new(),
         }))
     }
 

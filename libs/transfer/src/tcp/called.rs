@@ -4,6 +4,7 @@ use std::sync::{Arc, Weak};
 
 use prost::Message;
 use tokio::net::TcpStream;
+use types::Checksum;
 
 use super::Shared;
 use super::link::{Link, Pull};
@@ -13,6 +14,7 @@ use super::stream;
 use super::wire::{AnswerHead, RequestHead, Status};
 use crate::calls::{CALL_BYTES_MAX, Place, Reply, pair, total};
 use crate::cursor::Cursor;
+use crate::digest::Digest;
 use crate::ucx::Exposed;
 
 /// Where the bytes of a call come from.
@@ -110,8 +112,8 @@ impl Asked<'_> {
                 // The taker wants to be alone with its memory.
                 drop(into);
                 match taken {
-                    Ok(()) => {
-                        let message = landed().await;
+                    Ok(checksums) => {
+                        let message = landed(checksums).await;
                         self.respond(Response { message, place: None }, None).await
                     }
                     Err(status) => self.refuse(status).await,
@@ -121,9 +123,11 @@ impl Asked<'_> {
         }
     }
 
-    /// Moves what came with the call; what there is no room for is thrown away.
-    async fn take(&mut self, into: &Place) -> Result<Result<(), Status>, ServeError> {
+    /// Moves what came with the call; what there is no room for is thrown away. Gives the checksums of what was copied by
+    /// this processor, if they are wanted.
+    async fn take(&mut self, into: &Place) -> Result<Result<Vec<Checksum>, Status>, ServeError> {
         let stats = &self.shared.stats;
+        let mut digest = into.unit_bytes.map(Digest::new);
         match &self.source {
             Source::Inline(bytes) => {
                 let bytes = into.len().min(*bytes);
@@ -145,6 +149,7 @@ impl Asked<'_> {
                         runs: &runs,
                         grant: None,
                         keep: into.keep.clone(),
+                        digest: digest.as_mut(),
                     };
                     link.pull(pull, gone).await
                 };
@@ -157,7 +162,7 @@ impl Asked<'_> {
                 stats.ucx_received_bytes.add(bytes);
             }
         }
-        Ok(Ok(()))
+        Ok(Ok(digest.map(Digest::finish).unwrap_or_default()))
     }
 
     async fn give(mut self, message: Vec<u8>, from: Place) -> Result<Status, ServeError> {

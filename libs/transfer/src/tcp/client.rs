@@ -1,8 +1,9 @@
 //! The side that asks: splits batches, keeps connections, and ends every batch within its deadline.
 
 use std::collections::HashMap;
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, try_join_all};
@@ -10,6 +11,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
+use types::Checksum;
 
 use super::linking::{self, Linking};
 use super::request::{Job, request};
@@ -63,14 +65,15 @@ pub(super) struct Connection {
     _permit: OwnedSemaphorePermit,
 }
 
-/// Begins a batch; see [`crate::Transport::write`] and [`crate::Transport::read`].
+/// Begins a batch; see [`crate::Transport::write`] and [`crate::Transport::read_hashed`].
 pub(super) fn transfer(
     shared: Arc<Shared>,
     operation: Operation,
     batch: TransferBatch,
+    unit_bytes: Option<NonZeroU64>,
     deadline: Instant,
-) -> BoxFuture<'static, Result<TransferStats, TransferError>> {
-    let prepared = prepare(&shared, operation, &batch);
+) -> BoxFuture<'static, Result<(TransferStats, Vec<Checksum>), TransferError>> {
+    let prepared = prepare(&shared, operation, &batch, unit_bytes);
     // Taken now and not at the first poll: `flush` waits for what was called before it.
     let written_to = prepared.as_ref().ok().filter(|_| operation == Operation::Write);
     let ticket = written_to.map(|job| job.peer.writes.begin());
@@ -94,10 +97,10 @@ fn count(
     stats: &Stats,
     peer: Option<&Peer>,
     operation: Operation,
-    result: &Result<TransferStats, TransferError>,
+    result: &Result<(TransferStats, Vec<Checksum>), TransferError>,
 ) {
     let done = match result {
-        Ok(done) => done,
+        Ok((done, _)) => done,
         Err(error) => {
             stats.batch_failed(error.code());
             if let Some(peer) = peer {
@@ -154,7 +157,12 @@ pub(super) fn flush(
 }
 
 /// Everything that can be refused without asking the peer.
-fn prepare(shared: &Shared, operation: Operation, batch: &TransferBatch) -> Result<Job, TransferError> {
+fn prepare(
+    shared: &Shared,
+    operation: Operation,
+    batch: &TransferBatch,
+    unit_bytes: Option<NonZeroU64>,
+) -> Result<Job, TransferError> {
     let memory = shared.regions.memory(batch.region)?;
     check_batch(batch, memory.len() as u64)?;
     Ok(Job {
@@ -163,6 +171,7 @@ fn prepare(shared: &Shared, operation: Operation, batch: &TransferBatch) -> Resu
         operation,
         remote: batch.remote.clone(),
         keep: batch.keep.clone(),
+        unit_bytes,
         some_inline: AtomicBool::new(false),
     })
 }
@@ -172,12 +181,12 @@ async fn run(
     job: Job,
     slices: &[Slice],
     deadline: Instant,
-) -> Result<TransferStats, TransferError> {
+) -> Result<(TransferStats, Vec<Checksum>), TransferError> {
     let begun = Instant::now();
     // All in this task, so that dropping the future stops all of it at once.
     let moving = requests(shared, &job, slices);
-    let (requests, bytes) = within(shared, &job.peer, deadline, moving).await?;
-    Ok(TransferStats {
+    let (requests, bytes, checksums) = within(shared, &job.peer, deadline, moving).await?;
+    let stats = TransferStats {
         bytes,
         requests,
         elapsed: begun.elapsed(),
@@ -186,7 +195,8 @@ async fn run(
         } else {
             UCX
         },
-    })
+    };
+    Ok((stats, checksums))
 }
 
 /// Ends what is asked of a peer at its deadline, and when the connections to the peer are torn down.
@@ -209,8 +219,13 @@ pub(super) async fn within<T>(
     }
 }
 
-/// Carries the batch out and says in how many requests, and how many bytes it had.
-async fn requests(shared: &Arc<Shared>, job: &Job, slices: &[Slice]) -> Result<(u64, u64), TransferError> {
+/// Carries the batch out and says in how many requests, how many bytes it had, and what checksums they have if all were
+/// copied here.
+async fn requests(
+    shared: &Arc<Shared>,
+    job: &Job,
+    slices: &[Slice],
+) -> Result<(u64, u64, Vec<Checksum>), TransferError> {
     let link = linking::link(shared, &job.peer, &job.memory).await;
     let link = link.map_err(|error| TransferError::Ucx {
         endpoint: job.peer.endpoint.clone(),
@@ -220,25 +235,47 @@ async fn requests(shared: &Arc<Shared>, job: &Job, slices: &[Slice]) -> Result<(
         None => shared.config.part_bytes.get() as u64,
         Some(_) => (shared.config.part_bytes.get() as u64).max(UCX_PART_BYTES),
     };
+    let part_bytes = part_bytes.min(PAYLOAD_BYTES_MAX);
+    // A unit that two requests share would have no checksum.
+    let shared_bytes = job.unit_bytes.map_or(0, |unit| part_bytes % unit);
     let limits = Limits {
-        bytes: part_bytes.min(PAYLOAD_BYTES_MAX),
+        bytes: if shared_bytes < part_bytes {
+            part_bytes - shared_bytes
+        } else {
+            part_bytes
+        },
         slices: wire::SLICES_MAX,
     };
     let parts = split(slices, limits);
     let requests = parts.len() as u64;
     let bytes = parts.iter().map(|part| part.bytes).sum();
+    let checksums: Vec<_> = parts.iter().map(|_| OnceLock::new()).collect();
     // Joined as a list: `FuturesUnordered` wakes its task, and with it another worker, after every poll in which all
     // of its futures wait.
     let lanes = shared.config.connections_per_peer.get().min(parts.len());
     let (next, link) = (AtomicUsize::new(0), link.as_ref());
     let lanes = (0..lanes).map(|_| async {
-        while let Some(part) = parts.get(next.fetch_add(1, Relaxed)) {
-            request(shared, job, link, part).await?;
+        loop {
+            let index = next.fetch_add(1, Relaxed);
+            let Some((part, checksums)) = parts.get(index).zip(checksums.get(index)) else {
+                return Ok::<_, TransferError>(());
+            };
+            let _only_time = checksums.set(request(shared, job, link, part).await?);
         }
-        Ok::<_, TransferError>(())
     });
     try_join_all(lanes).await?;
-    Ok((requests, bytes))
+    let mut checksums: Vec<_> = checksums
+        .into_iter()
+        .filter_map(OnceLock::into_inner)
+        .flatten()
+        .collect();
+    if job
+        .unit_bytes
+        .is_none_or(|unit| checksums.len() as u64 * unit.get() != bytes)
+    {
+        checksums.clear();
+    }
+    Ok((requests, bytes, checksums))
 }
 
 impl Peers {

@@ -13,14 +13,16 @@ use tokio_util::sync::CancellationToken;
 use types::{Memory, MemoryKind};
 
 use super::stream::Moved;
+use crate::digest::Digest;
 use crate::region::Grant;
 use crate::transport::Keep;
 use crate::ucx::{Exposed, Peer, Run, UcxError, Window};
 
 /// Windows of one peer: one for its pool, and some for what is tested or was registered anew.
 const WINDOWS_MAX: usize = 8;
-/// Bounds the time of one copy, and with it the time for which a revocation waits.
-const COPY_BYTES_MAX: usize = 1 << 20;
+/// Bounds the time of one copy, and with it the time for which a revocation waits. Of larger copies the C library takes
+/// some for too large for the caches, which is slower here: the bytes are read again.
+const COPY_BYTES_MAX: usize = 64 << 10;
 /// Copies until other tasks of the thread get their turn, which costs it some of its caches. Less than a millisecond.
 const PAUSE_BYTES: usize = 4 << 20;
 
@@ -48,6 +50,8 @@ pub(super) struct Pull<'a> {
     pub(super) grant: Option<&'a Arc<Grant>>,
     /// Where this node asked for it: what keeps the memory.
     pub(super) keep: Keep,
+    /// Sees all bytes in order if they are copied here, and none if hardware moves them.
+    pub(super) digest: Option<&'a mut Digest>,
 }
 
 impl Link {
@@ -144,7 +148,7 @@ impl Drop for Link {
     }
 }
 
-async fn copy(pull: Pull<'_>, gone: impl Fn() -> bool) -> Result<Moved, UcxError> {
+async fn copy(mut pull: Pull<'_>, gone: impl Fn() -> bool) -> Result<Moved, UcxError> {
     let base = pull.memory.base().as_ptr().expose_provenance();
     let mut since_pause = 0;
     for (from, to, bytes) in pull.runs {
@@ -152,12 +156,13 @@ async fn copy(pull: Pull<'_>, gone: impl Fn() -> bool) -> Result<Moved, UcxError
         let mut done = 0;
         while done < bytes {
             let part = (bytes - done).min(COPY_BYTES_MAX).min(PAUSE_BYTES - since_pause);
+            let digest = pull.digest.as_deref_mut();
             let copied = || {
                 // SAFETY: the run is inside of the memory (the caller's promise). Nobody else uses it: a grant's memory
                 // is the peer's while its gate is open, and a batch's while its future lives.
                 unsafe {
                     pull.window
-                        .copy(from + done as u64, base + *to as usize + done, part)
+                        .copy(from + done as u64, base + *to as usize + done, part, digest)
                 }
             };
             let copied = match pull.grant {

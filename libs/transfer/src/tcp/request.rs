@@ -3,13 +3,14 @@
 //! Elsewhere: batches, connections and deadlines (`client.rs`), how links come about (`linking.rs`).
 
 use std::io;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use prost::Message;
 use tokio::net::TcpStream;
-use types::{Epoch, Memory, MemoryKind};
+use types::{Checksum, Epoch, Memory, MemoryKind};
 
 use super::Shared;
 use super::client::{Connection, Peer};
@@ -19,6 +20,7 @@ use super::stream;
 use super::wire::{ANSWER_HEAD_BYTES, AnswerHead, EXTRA_BYTES_MAX, Operation, RequestHead, Status};
 use crate::TransferError;
 use crate::cursor::Cursor;
+use crate::digest::Digest;
 use crate::split::Part;
 use crate::transport::{Keep, RemoteRegion, Slice};
 use crate::ucx::{Choice, Exposed, UcxError};
@@ -31,6 +33,8 @@ pub(super) struct Job {
     pub(super) operation: Operation,
     pub(super) remote: RemoteRegion,
     pub(super) keep: Keep,
+    /// For reads: of how many bytes each the caller wants checksums.
+    pub(super) unit_bytes: Option<NonZeroU64>,
     /// Whether some bytes went over TCP.
     pub(super) some_inline: AtomicBool,
 }
@@ -49,16 +53,17 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// Carries out one request, through UCX where there is a link, inline where there is none or it breaks.
+/// Carries out one request, through UCX where there is a link, inline where there is none or it breaks. Gives the
+/// checksums of what was copied by this processor, if they are wanted.
 pub(super) async fn request(
     shared: &Shared,
     job: &Job,
     link: Option<&Arc<Link>>,
     part: &Part,
-) -> Result<(), TransferError> {
+) -> Result<Vec<Checksum>, TransferError> {
     if let Some(link) = link {
         match request_on(shared, job, Some(link), part).await? {
-            Answered::Done => return Ok(()),
+            Answered::Done(checksums) => return Ok(checksums),
             Answered::Broken(why) => {
                 job.peer.linking.broke(link, &why);
                 if shared.config.ucx.choice == Choice::Ucx || job.memory.kind() != MemoryKind::Host {
@@ -72,7 +77,7 @@ pub(super) async fn request(
     }
     job.some_inline.store(true, Relaxed);
     match request_on(shared, job, None, part).await? {
-        Answered::Done => Ok(()),
+        Answered::Done(checksums) => Ok(checksums),
         Answered::Broken(reason) => Err(TransferError::Protocol {
             endpoint: job.remote.endpoint.clone(),
             reason,
@@ -82,7 +87,7 @@ pub(super) async fn request(
 
 /// How a request that was not refused ended.
 enum Answered {
-    Done,
+    Done(Vec<Checksum>),
     /// The link does not work. Nothing is on its way.
     Broken(String),
 }
@@ -107,11 +112,11 @@ async fn request_on(
         (Some(_), Status::NotMoved) => Ok(Answered::Broken("UCX failed at the peer".into())),
         (Some(link), Status::Done) if job.operation == Operation::Read => {
             Ok(match job.visit(link, &answer, part).await {
-                Ok(()) => Answered::Done,
+                Ok(checksums) => Answered::Done(checksums),
                 Err(error) => Answered::Broken(error.to_string()),
             })
         }
-        (_, status) => done_or_refused(status, remote, &part.slices).map(|()| Answered::Done),
+        (_, status) => done_or_refused(status, remote, &part.slices).map(|()| Answered::Done(Vec::new())),
     }
 }
 
@@ -228,19 +233,22 @@ impl Job {
     }
 
     /// Reads bytes of the peer, which has admitted it.
-    async fn visit(&self, link: &Link, answer: &[u8], part: &Part) -> Result<(), UcxError> {
+    async fn visit(&self, link: &Link, answer: &[u8], part: &Part) -> Result<Vec<Checksum>, UcxError> {
         let exposed: Exposed = messages::read(answer).map_err(|error| UcxError::new(error.to_string()))?;
         let window = link.window(&exposed).await?;
         let run = |slice: &Slice| (slice.remote_offset, slice.local_offset, slice.len);
         let runs: Vec<_> = part.slices.iter().map(run).collect();
+        let mut digest = self.unit_bytes.map(Digest::new);
         let pull = Pull {
             window: &window,
             memory: &self.memory,
             runs: &runs,
             grant: None,
             keep: self.keep.clone(),
+            digest: digest.as_mut(),
         };
-        link.pull(pull, || false).await.map(drop)
+        link.pull(pull, || false).await?;
+        Ok(digest.map(Digest::finish).unwrap_or_default())
     }
 }
 

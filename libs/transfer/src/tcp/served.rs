@@ -197,6 +197,7 @@ pub(super) async fn fetch(
             runs: &runs,
             grant: Some(&grant),
             keep: Default::default(),
+            digest: None,
         };
         link.pull(pull, gone).await
     };

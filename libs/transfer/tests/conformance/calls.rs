@@ -1,5 +1,6 @@
 //! What every transport promises of calls.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use futures::FutureExt;
@@ -13,6 +14,17 @@ use super::*;
 struct Shelf {
     memory: Arc<dyn Memory>,
     landed: Arc<AtomicUsize>,
+    /// Of the bytes that landed last, as far as they were seen.
+    seen: Arc<Mutex<Vec<Checksum>>>,
+}
+
+/// Of how many bytes there are checksums.
+const UNIT_BYTES: u64 = 1500;
+
+/// The checksums of the whole units that `kind` has seen.
+fn seen(kind: Kind, bytes: &[u8]) -> Vec<Checksum> {
+    let units = bytes.chunks_exact(UNIT_BYTES as usize).map(Checksum::of);
+    units.filter(|_| kind == Kind::Ucx).collect()
 }
 
 impl Calls for Shelf {
@@ -25,15 +37,17 @@ impl Calls for Shelf {
             memory: self.memory.clone(),
             runs: numbers.chunks(2).map(|run| (run[0], run[1])).collect(),
             keep: Keep::default(),
+            unit_bytes: NonZeroU64::new(UNIT_BYTES),
         };
         let reply = match verb {
             "echo" => Reply::Answer(format!("{message} with {payload_bytes}").into_bytes()),
             "put" => {
-                let landed = self.landed.clone();
+                let (landed, seen) = (self.landed.clone(), self.seen.clone());
                 Reply::Take {
                     into: place,
-                    landed: Box::new(move || {
+                    landed: Box::new(move |checksums| {
                         landed.fetch_add(1, Relaxed);
+                        *seen.lock().unwrap() = checksums;
                         std::future::ready(b"landed".to_vec()).boxed()
                     }),
                 }
@@ -59,6 +73,7 @@ impl Calling {
         let shelf = Arc::new(Shelf {
             memory: pair.far_memory.clone(),
             landed: Arc::default(),
+            seen: Arc::default(),
         });
         let calls: Arc<dyn Calls> = shelf.clone();
         pair.far.serve_calls(Arc::downgrade(&calls));
@@ -87,6 +102,7 @@ impl Calling {
             region: self.pair.near_region,
             runs: runs.to_vec(),
             keep: Keep::default(),
+            unit_bytes: NonZeroU64::new(UNIT_BYTES),
         }
     }
 }
@@ -130,6 +146,8 @@ async fn what_comes_with_a_call_lands_where_the_called_node_says(
     expected[40_000..42_000].copy_from_slice(&source[1100..3100]);
     expected[42_000..47_000].copy_from_slice(&source[9000..14_000]);
     assert!(all(&*calling.pair.far_memory) == expected);
+    let sent = [&source[100..3100], &source[9000..14_000]].concat();
+    assert_eq!(*calling.shelf.seen.lock().unwrap(), seen(kind, &sent));
     let answered = calling
         .call("put 0 10", calling.send(&[(0, 30_000)]))
         .await
@@ -163,6 +181,8 @@ async fn what_comes_with_an_answer_fills_the_callers_runs_from_the_first_on(
         (answered.message.as_slice(), answered.received_bytes),
         (b"given".as_slice(), 4500)
     );
+    let given = [&there[1000..1500], &there[3000..7000]].concat();
+    assert_eq!(answered.checksums, seen(kind, &given));
     expected[50..550].copy_from_slice(&there[1000..1500]);
     expected[550..2050].copy_from_slice(&there[3000..4500]);
     expected[10_000..12_500].copy_from_slice(&there[4500..7000]);

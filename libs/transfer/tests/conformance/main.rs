@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // A test.
 
 use std::collections::HashMap;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,14 +16,14 @@ use transfer::{
     Keep, MemNetwork, RegionId, RemoteRegion, Slice, TcpTransport, TransferBatch, TransferError, Transport,
     mem, tcp, ucx,
 };
-use types::{Epoch, ErrorCode, Memory};
+use types::{Checksum, Epoch, ErrorCode, Memory};
 
 mod calls;
 
 const BYTES: usize = 1 << 16;
 const CANARY: u8 = 0xa5;
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Tcp,
     Mem,
@@ -227,7 +228,16 @@ fn a_read_fetches_exactly_and_touches_nothing_else(
             expected[to..to + len].copy_from_slice(&source[from..from + len]);
         }
         let exposed = pair.far.expose_read(pair.far_region).unwrap();
-        pair.read(&exposed, slices).await.unwrap();
+        let bytes: Vec<u8> = slices
+            .iter()
+            .flat_map(|slice| &source[slice.remote_offset as usize..][..slice.len as usize])
+            .copied()
+            .collect();
+        let unit_bytes = NonZeroU64::new(bytes.len() as u64).unwrap_or(NonZeroU64::MIN);
+        let batch = pair.batch(&exposed, slices);
+        let (_, checksums) = pair.near.read_hashed(batch, unit_bytes, soon()).await.unwrap();
+        let copied_here = kind == Kind::Ucx && !bytes.is_empty();
+        assert_eq!(checksums, copied_here.then(|| Checksum::of(&bytes)).as_slice());
         assert!(all(&*pair.near_memory) == expected);
         assert!(all(&*pair.far_memory) == source);
     });
