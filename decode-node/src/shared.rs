@@ -171,6 +171,7 @@ impl Shared {
             prefill_ms_per_token_kilocontext,
             decode_step_ms: progress.decode_step_ms.get(),
             transfer_bytes_per_ms: progress.transfer_bytes_per_ms.get(),
+            disk_bytes_per_ms: self.store.disk_bytes_per_ms(),
             draining: self.draining.load(Ordering::Relaxed) || self.store.is_quarantined(),
         }
     }

@@ -197,6 +197,7 @@ impl LoadSource for StoreNode {
         LoadReport {
             free_blocks: blocks.free as u64,
             evictable_blocks: blocks.reclaimable as u64,
+            disk_bytes_per_ms: self.store.disk_bytes_per_ms(),
             draining: self.shutdown.is_cancelled() || self.store.is_quarantined(),
             ..LoadReport::default()
         }

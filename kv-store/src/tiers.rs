@@ -71,6 +71,11 @@ impl Store {
         dropped
     }
 
+    /// Bytes per millisecond that the disk moved when last measured; 0 without one, and until it was.
+    pub fn disk_bytes_per_ms(&self) -> f64 {
+        self.disk().and_then(Disk::rate).unwrap_or_default() / 1000.0
+    }
+
     /// The disk below the pool, if there is one.
     pub fn disk(&self) -> Option<&Disk> {
         self.inner().disk.get()

@@ -109,6 +109,7 @@ impl Shared {
             prefill_ms_per_token_kilocontext: ms_per_token_kilocontext,
             decode_step_ms: 0.0,
             transfer_bytes_per_ms: lock(&self.transfer_rate).bytes_per_ms(),
+            disk_bytes_per_ms: self.store.disk_bytes_per_ms(),
             draining: self.draining.is_cancelled() || self.store.is_quarantined(),
         }
     }

@@ -248,6 +248,7 @@ pub fn load_to_wire(report: &LoadReport) -> v1::LoadReport {
         prefill_ms_per_token_kilocontext,
         decode_step_ms,
         transfer_bytes_per_ms,
+        disk_bytes_per_ms,
         draining,
     } = *report;
     v1::LoadReport {
@@ -262,6 +263,7 @@ pub fn load_to_wire(report: &LoadReport) -> v1::LoadReport {
         prefill_ms_per_token_kilocontext,
         decode_step_ms,
         transfer_bytes_per_ms,
+        disk_bytes_per_ms,
         draining,
     }
 }
@@ -287,6 +289,7 @@ pub fn load(wire: &v1::LoadReport) -> LoadReport {
         prefill_ms_per_token_kilocontext: rate(wire.prefill_ms_per_token_kilocontext),
         decode_step_ms: rate(wire.decode_step_ms),
         transfer_bytes_per_ms: rate(wire.transfer_bytes_per_ms),
+        disk_bytes_per_ms: rate(wire.disk_bytes_per_ms),
         draining: wire.draining,
     }
 }

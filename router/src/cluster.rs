@@ -261,6 +261,16 @@ impl Cluster {
         Ok(self.assign(explanation, now))
     }
 
+    /// The node that holds most of a prompt, if it has a part of that on disk only, and how many blocks it holds.
+    pub fn on_disk(&self, hashes: &[BlockHash]) -> Option<(NodeRecord, usize)> {
+        let mut matches = self.index.match_prefix(hashes).into_iter();
+        let (member, found) = matches.find_map(|found| {
+            let member = self.members.get(&found.node)?;
+            member.following.then_some((member, found))
+        })?;
+        (found.in_memory < found.blocks).then(|| (member.record.clone(), found.blocks))
+    }
+
     /// The prompt of a placement is computed.
     pub fn prefilled(&mut self, id: PlacementId) {
         self.costs.prefilled(id);

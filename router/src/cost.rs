@@ -1,7 +1,7 @@
 //! What a placement costs, in milliseconds.
 //!
 //! ```text
-//! ttft = queue + fetch + compute(new | prefix) + handoff not hidden
+//! ttft = queue + promote + fetch + compute(new | prefix) + handoff not hidden
 //! ```
 //!
 //! The rates are what the nodes measured and reported. A node that has not measured yet borrows the mean of
@@ -39,6 +39,8 @@ pub struct Priors {
     pub decode_step_ms: f64,
     /// Bytes per millisecond between nodes. 1 GB/s: plain TCP on one machine or a 10 Gbit/s link.
     pub transfer_bytes_per_ms: f64,
+    /// Bytes per millisecond from a node's disk. 1 GB/s: a cloud volume or an older local drive.
+    pub disk_bytes_per_ms: f64,
     /// Fixed cost of asking a peer for blocks: acquire, read, verify.
     pub fetch_fixed_ms: f64,
     /// Fixed cost of a remote prefill: the stream, the offer and the landing.
@@ -52,6 +54,7 @@ impl Default for Priors {
             prefill_ms_per_token_kilocontext: 0.5,
             decode_step_ms: 10.0,
             transfer_bytes_per_ms: 1e6,
+            disk_bytes_per_ms: 1e6,
             fetch_fixed_ms: 2.0,
             handoff_fixed_ms: 2.0,
         }
@@ -67,8 +70,10 @@ pub struct Rates {
     pub prefill_ms_per_token_kilocontext: f64,
     /// Milliseconds per decode step.
     pub decode_step_ms: f64,
-    /// Bytes per millisecond.
+    /// Bytes per millisecond between nodes.
     pub transfer_bytes_per_ms: f64,
+    /// Bytes per millisecond from the node's disk.
+    pub disk_bytes_per_ms: f64,
 }
 
 impl Rates {
@@ -83,6 +88,11 @@ impl Rates {
     /// Milliseconds to move `bytes`.
     pub fn transfer(&self, bytes: u64) -> Millis {
         Millis(bytes as f64 / self.transfer_bytes_per_ms)
+    }
+
+    /// Milliseconds to read `bytes` from the node's disk.
+    pub fn promote(&self, bytes: u64) -> Millis {
+        Millis(bytes as f64 / self.disk_bytes_per_ms)
     }
 
     /// Milliseconds of a decode step once the batch has grown from `batch`, at which the rate was measured, by `added`.
@@ -111,6 +121,8 @@ pub struct Pressure {
 pub struct Prediction {
     /// Waiting for the prefilling engine.
     pub queue: Millis,
+    /// Reading the part of the prefix that its holders have on disk only.
+    pub promote: Millis,
     /// Pulling the part of the prefix that the prefilling node lacks.
     pub fetch: Millis,
     /// Computing the new tokens.
@@ -123,13 +135,14 @@ pub struct Prediction {
 
 impl Prediction {
     /// The prediction with these terms.
-    pub fn of(queue: Millis, fetch: Millis, compute: Millis, handoff: Millis) -> Self {
+    pub fn of(queue: Millis, promote: Millis, fetch: Millis, compute: Millis, handoff: Millis) -> Self {
         Self {
             queue,
+            promote,
             fetch,
             compute,
             handoff,
-            total: [queue, fetch, compute, handoff].into_iter().sum(),
+            total: [queue, promote, fetch, compute, handoff].into_iter().sum(),
         }
     }
 }
@@ -284,6 +297,7 @@ impl CostModel {
                 |report| report.transfer_bytes_per_ms,
                 priors.transfer_bytes_per_ms,
             ),
+            disk_bytes_per_ms: rate(|report| report.disk_bytes_per_ms, priors.disk_bytes_per_ms),
         }
     }
 

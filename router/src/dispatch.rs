@@ -6,9 +6,10 @@
 //! - dropping a [`Running`] cancels everything below it and frees its place at once;
 //! - a request that another node takes over continues with the tokens that the client has, and the client sees no seam.
 //!
-//! Elsewhere: one placement's stream (`attempt.rs`), going on after a failure (`running.rs`), times (`latency.rs`).
+//! Elsewhere: hints while a request waits (`hint.rs`), one placement's stream (`attempt.rs`), going on after a failure (`running.rs`), times (`latency.rs`).
 
 mod attempt;
+mod hint;
 mod latency;
 mod running;
 
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use node::Channels;
 use proto::v1;
 use tokio::sync::Semaphore;
-use types::{Error, ErrorCode, RequestId};
+use types::{Error, ErrorCode, Millis, RequestId};
 
 use crate::admission::Rejection;
 use crate::config::Config;
@@ -71,6 +72,7 @@ struct Shared {
     entropy: Entropy,
     arriving: Semaphore,
     tokenising: Semaphore,
+    hints: Arc<Semaphore>,
 }
 
 impl Dispatcher {
@@ -87,6 +89,7 @@ impl Dispatcher {
                 gate: Gate::new(config.limits()),
                 arriving: Semaphore::new(config.arriving_requests_max),
                 tokenising: Semaphore::new(TOKENISING_MAX),
+                hints: Arc::new(Semaphore::new(hint::HINTS_MAX)),
                 entropy: Entropy::default(),
                 config,
                 model,
@@ -154,7 +157,11 @@ impl Dispatcher {
         let prepared = self.prepare(request).await?;
         let deadline = prepared.received + prepared.time_limit;
         let gate = &self.shared.gate;
-        gate.judge(gate.wait_ms(), prepared.received.elapsed(), prepared.slo.ttft)?;
+        let wait = gate.wait_ms();
+        gate.judge(wait, prepared.received.elapsed(), prepared.slo.ttft)?;
+        if wait > Millis(0.0) {
+            hint::hint(&self.shared, &prepared);
+        }
         let permit = gate.enter(prepared.prompt.len() as u64, deadline).await;
         let permit = permit.map_err(|refused| match refused {
             Refused::Rejected(rejection) => RequestError::Rejected(rejection),

@@ -9,9 +9,9 @@
 
 mod node_set;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
-use types::{BlockEvent, BlockHash, NodeId};
+use types::{BlockEvent, BlockHash, NodeId, Tier};
 
 use node_set::NodeSet;
 
@@ -33,7 +33,8 @@ pub struct PrefixIndex {
 #[derive(Debug)]
 struct Indexed {
     id: NodeId,
-    blocks: HashSet<BlockHash>,
+    /// Its blocks and the fastest tier that each is in.
+    blocks: HashMap<BlockHash, Tier>,
 }
 
 /// A node and how many leading blocks of the chain asked for it holds.
@@ -43,6 +44,8 @@ pub struct Match {
     pub node: NodeId,
     /// How many; at least 1.
     pub blocks: usize,
+    /// How many of them are in memory. The rest, which follow them, are on its disk.
+    pub in_memory: usize,
 }
 
 impl PrefixIndex {
@@ -62,9 +65,14 @@ impl PrefixIndex {
     /// [`PrefixIndex::refused`], so what is known stays true; evictions on the nodes make room again.
     pub fn apply(&mut self, node: &NodeId, event: &BlockEvent) {
         match event {
-            BlockEvent::Stored { hash, .. } => self.insert(node, *hash),
-            // A block is where it is on its node: placement asks only whether it is there.
-            BlockEvent::Moved { .. } => {}
+            BlockEvent::Stored { hash, tier, .. } => self.insert(node, *hash, *tier),
+            BlockEvent::Moved { hash, tier } => {
+                let slot = self.slots.get(node);
+                let indexed = slot.and_then(|slot| self.nodes[*slot].as_mut());
+                if let Some(known) = indexed.and_then(|indexed| indexed.blocks.get_mut(hash)) {
+                    *known = *tier;
+                }
+            }
             BlockEvent::Removed { hash } => self.remove(node, *hash),
         }
     }
@@ -76,7 +84,7 @@ impl PrefixIndex {
         };
         let indexed = self.nodes[slot].take().expect("a named slot is occupied");
         self.entries -= indexed.blocks.len();
-        for hash in indexed.blocks {
+        for hash in indexed.blocks.into_keys() {
             self.forget_holder(hash, slot);
         }
     }
@@ -85,7 +93,7 @@ impl PrefixIndex {
     /// left out.
     ///
     /// The cost is one look-up per block where nodes' runs end, times the logarithm of the chain's length, whatever the
-    /// number of nodes.
+    /// number of nodes; and that logarithm for each node that holds something.
     pub fn match_prefix(&self, hashes: &[BlockHash]) -> Vec<Match> {
         let mut runs = Vec::new();
         let mut alive = self.holders_of(hashes.first());
@@ -100,8 +108,15 @@ impl PrefixIndex {
         let mut matches: Vec<Match> = runs
             .into_iter()
             .filter_map(|(slot, blocks)| {
-                let node = self.nodes[slot].as_ref()?.id.clone();
-                Some(Match { node, blocks })
+                let indexed = self.nodes[slot].as_ref()?;
+                // A tier holds no block without those before it, so what is in memory comes first.
+                let is_fast =
+                    |hash: &BlockHash| indexed.blocks.get(hash).is_some_and(|tier| *tier < Tier::Disk);
+                Some(Match {
+                    node: indexed.id.clone(),
+                    blocks,
+                    in_memory: hashes[..blocks].partition_point(is_fast),
+                })
             })
             .collect();
         matches.sort_by(|a, b| b.blocks.cmp(&a.blocks).then_with(|| a.node.cmp(&b.node)));
@@ -141,24 +156,25 @@ impl PrefixIndex {
             assert!(!set.is_empty(), "{hash} is kept without a holder");
             for slot in set.iter() {
                 let node = self.nodes[slot].as_ref().expect("a holder is a live node");
-                assert!(node.blocks.contains(hash));
+                assert!(node.blocks.contains_key(hash));
                 pairs += 1;
             }
         }
         assert_eq!(pairs, self.entries);
     }
 
-    fn insert(&mut self, node: &NodeId, hash: BlockHash) {
+    fn insert(&mut self, node: &NodeId, hash: BlockHash, tier: Tier) {
         let slot = self.slot_of(node);
         let indexed = self.nodes[slot].as_mut().expect("slot_of gives an occupied slot");
-        if indexed.blocks.contains(&hash) {
+        if let Some(known) = indexed.blocks.get_mut(&hash) {
+            *known = tier;
             return;
         }
         if self.entries >= self.entries_max {
             self.refused += 1;
             return;
         }
-        indexed.blocks.insert(hash);
+        indexed.blocks.insert(hash, tier);
         self.holders.entry(hash).or_default().insert(slot);
         self.entries += 1;
     }
@@ -168,7 +184,7 @@ impl PrefixIndex {
             return;
         };
         let indexed = self.nodes[slot].as_mut().expect("a named slot is occupied");
-        if indexed.blocks.remove(&hash) {
+        if indexed.blocks.remove(&hash).is_some() {
             self.entries -= 1;
             self.forget_holder(hash, slot);
         }
@@ -196,7 +212,7 @@ impl PrefixIndex {
         });
         self.nodes[slot] = Some(Indexed {
             id: node.clone(),
-            blocks: HashSet::new(),
+            blocks: HashMap::new(),
         });
         self.slots.insert(node.clone(), slot);
         slot

@@ -12,6 +12,7 @@
 //! Invariant: a node that is unreachable, draining, excluded or too small for the prompt is in no candidate.
 //! Pure and deterministic: equal problems give equal placements, in every router.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 use types::{BlockHash, Millis, NodeId, Role, Slo};
@@ -284,7 +285,7 @@ fn weigh(problem: &Problem<'_>, prefill: Option<&NodeView>, decode: &NodeView, l
             (prefix.compute + Millis(shared), Millis(0.0), delay)
         }
     };
-    let prediction = Prediction::of(queue, prefix.fetch, compute, handoff);
+    let prediction = Prediction::of(queue, prefix.promote, prefix.fetch, compute, handoff);
     let settings = problem.settings;
     let charges = settings.interference_weight * interference + settings.decode_gap_weight * tbt.0;
     let blocks = problem.prompt_tokens.div_ceil(problem.shape.block_tokens);
@@ -320,13 +321,22 @@ fn objection(problem: &Problem<'_>, decode: &NodeView, candidate: &Candidate) ->
 struct Prefix {
     sources: Vec<Source>,
     new_tokens: u64,
+    promote: Millis,
     fetch: Millis,
     compute: Millis,
 }
 
+impl Prefix {
+    fn total(&self) -> Millis {
+        self.promote + self.fetch + self.compute
+    }
+}
+
 fn quickest_prefix(problem: &Problem<'_>, engine: &NodeView, longest: bool) -> Prefix {
     let own = held(problem, &engine.id);
-    let without = prefix_of(problem, engine, own, Vec::new(), Millis(0.0));
+    // An engine asks its own disk before it asks a peer.
+    let promote = promotion(problem, engine, 0);
+    let without = prefix_of(problem, engine, own, Vec::new(), (promote, Millis(0.0)));
     let sources = sources(problem, engine, own);
     let Some(best) = sources.first() else {
         return without;
@@ -337,8 +347,9 @@ fn quickest_prefix(problem: &Problem<'_>, engine: &NodeView, longest: bool) -> P
         transfer(source, engine, bytes)
     });
     let fetch = slower + Millis(problem.priors.fetch_fixed_ms);
-    let with = prefix_of(problem, engine, best.blocks, sources, fetch);
-    if longest || with.fetch + with.compute < without.compute {
+    let promote = promote + source.map_or(Millis(0.0), |source| promotion(problem, source, own));
+    let with = prefix_of(problem, engine, best.blocks, sources, (promote, fetch));
+    if longest || with.total() < without.total() {
         with
     } else {
         without
@@ -350,7 +361,7 @@ fn prefix_of(
     engine: &NodeView,
     blocks: usize,
     sources: Vec<Source>,
-    fetch: Millis,
+    (promote, fetch): (Millis, Millis),
 ) -> Prefix {
     // The last token is always computed: its logits give the first token.
     let cached = (blocks as u64 * problem.shape.block_tokens).min(problem.prompt_tokens - 1);
@@ -358,12 +369,21 @@ fn prefix_of(
     Prefix {
         sources,
         new_tokens,
+        promote,
         fetch,
         compute: engine.rates.compute(new_tokens, cached),
     }
 }
 
-/// Peers that hold more of the prefix than `engine` does, longest first. A draining node still serves what it holds.
+/// What `holder` takes to read from its disk what it has there only, beyond the first `known` blocks of the prompt.
+fn promotion(problem: &Problem<'_>, holder: &NodeView, known: usize) -> Millis {
+    let found = problem.matches.iter().find(|found| found.node == holder.id);
+    let blocks = found.map_or(0, |found| found.blocks.saturating_sub(found.in_memory.max(known)));
+    let bytes = blocks as u64 * problem.shape.block_tokens * problem.shape.token_bytes;
+    holder.rates.promote(bytes)
+}
+
+/// Peers that hold more of the prefix than `engine` does, longest first, and of equals that with more of it in memory. A draining node still serves what it holds.
 fn sources(problem: &Problem<'_>, engine: &NodeView, own: usize) -> Vec<Source> {
     let usable = |found: &&Match| {
         let view = problem.nodes.iter().find(|node| node.id == found.node);
@@ -372,18 +392,13 @@ fn sources(problem: &Problem<'_>, engine: &NodeView, own: usize) -> Vec<Source> 
             && !problem.excluded.contains(&found.node)
             && view.is_some_and(|node| node.readable)
     };
-    let mut sources: Vec<Source> = problem
-        .matches
-        .iter()
-        .filter(usable)
-        .map(|found| Source {
-            node: found.node.clone(),
-            blocks: found.blocks,
-        })
-        .collect();
-    sources.sort_by(|a, b| b.blocks.cmp(&a.blocks).then_with(|| a.node.cmp(&b.node)));
-    sources.truncate(SOURCES_MAX);
-    sources
+    let mut usable: Vec<&Match> = problem.matches.iter().filter(usable).collect();
+    usable.sort_by_key(|found| (Reverse((found.blocks, found.in_memory)), &found.node));
+    let source = |found: &&Match| Source {
+        node: found.node.clone(),
+        blocks: found.blocks,
+    };
+    usable.iter().take(SOURCES_MAX).map(source).collect()
 }
 
 fn held(problem: &Problem<'_>, node: &NodeId) -> usize {

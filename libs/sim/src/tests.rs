@@ -14,6 +14,7 @@ fn cluster() -> Cluster {
             prefill_ms_per_token_kilocontext: 0.05,
             decode_step_ms: 8.0,
             transfer_bytes_per_ms: 1e6,
+            disk_bytes_per_ms: 1e6,
         },
         shape: KvShape {
             block_tokens: 32,

@@ -88,6 +88,8 @@ pub struct LoadReport {
     pub decode_step_ms: f64,
     /// Bytes per millisecond at which KV arrives or leaves, smoothed; 0 until measured.
     pub transfer_bytes_per_ms: f64,
+    /// Bytes per millisecond at which blocks come from the node's disk, as last measured; 0 without a disk, and until measured.
+    pub disk_bytes_per_ms: f64,
     /// The node finishes what it has and takes nothing new.
     pub draining: bool,
 }

@@ -26,6 +26,7 @@ fn compute_grows_with_the_context_of_every_new_token() {
         prefill_ms_per_token_kilocontext: 4.0,
         decode_step_ms: 1.0,
         transfer_bytes_per_ms: 1.0,
+        disk_bytes_per_ms: 1.0,
     };
     assert_eq!(rates.compute(100, 0), Millis(200.0 + 4.0 * 100.0 * 0.05));
     assert_eq!(rates.compute(100, 1000), Millis(200.0 + 4.0 * 100.0 * 1.05));

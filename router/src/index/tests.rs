@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 use types::Tier;
@@ -36,6 +36,7 @@ fn chain(family: u32, variant: u32, shared: usize, blocks: usize) -> Vec<BlockHa
 #[derive(Debug, Default)]
 struct Naive {
     held: BTreeMap<NodeId, Vec<BlockHash>>,
+    on_disk: BTreeSet<(NodeId, BlockHash)>,
 }
 
 impl Naive {
@@ -43,9 +44,14 @@ impl Naive {
         let mut matches: Vec<Match> = self
             .held
             .iter()
-            .map(|(node, held)| Match {
-                node: node.clone(),
-                blocks: hashes.iter().take_while(|hash| held.contains(hash)).count(),
+            .map(|(node, held)| {
+                let held = || hashes.iter().take_while(|hash| held.contains(hash));
+                let on_disk = |hash: &BlockHash| self.on_disk.contains(&(node.clone(), *hash));
+                Match {
+                    node: node.clone(),
+                    blocks: held().count(),
+                    in_memory: held().take_while(|hash| !on_disk(hash)).count(),
+                }
             })
             .filter(|found| found.blocks > 0)
             .collect();
@@ -66,6 +72,12 @@ enum Op {
         chain: usize,
         keep: usize,
     },
+    /// What is in memory of the chain beyond `keep` blocks goes to disk.
+    Offload {
+        node: usize,
+        chain: usize,
+        keep: usize,
+    },
     Reset {
         node: usize,
     },
@@ -77,6 +89,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         4 => (node.clone(), 0usize..6, 1usize..40).prop_map(|(node, chain, blocks)| Op::Store { node, chain, blocks }),
         2 => (node.clone(), 0usize..6, 0usize..40).prop_map(|(node, chain, keep)| Op::DropTail { node, chain, keep }),
+        2 => (node.clone(), 0usize..6, 0usize..40).prop_map(|(node, chain, keep)| Op::Offload { node, chain, keep }),
         1 => node.prop_map(|node| Op::Reset { node }),
     ]
 }
@@ -101,6 +114,7 @@ fn play(ops: &[Op], chains: &[Vec<BlockHash>], entries_max: usize) -> (PrefixInd
                     if !held.contains(hash) {
                         held.push(*hash);
                     }
+                    naive.on_disk.remove(&(node(*n), *hash));
                     index.apply(&node(*n), &stored(*hash, parent));
                     parent = *hash;
                 }
@@ -108,29 +122,46 @@ fn play(ops: &[Op], chains: &[Vec<BlockHash>], entries_max: usize) -> (PrefixInd
             Op::DropTail { node: n, chain, keep } => {
                 let held = naive.held.entry(node(*n)).or_default();
                 for hash in chains[*chain].iter().skip(*keep).rev() {
-                    // A block that another chain of the node goes through has children: it stays.
-                    let needed = chains.iter().enumerate().any(|(other, blocks)| {
-                        let position = blocks.iter().position(|block| block == hash);
-                        other != *chain
-                            && position.is_some_and(|at| {
-                                blocks.get(at + 1).is_some_and(|child| held.contains(child))
-                            })
-                    });
-                    if needed {
+                    if goes_on(chains, hash, |child| held.contains(child)) {
                         break;
                     }
                     held.retain(|block| block != hash);
+                    naive.on_disk.remove(&(node(*n), *hash));
                     index.apply(&node(*n), &BlockEvent::Removed { hash: *hash });
+                }
+            }
+            Op::Offload { node: n, chain, keep } => {
+                let held = naive.held.entry(node(*n)).or_default();
+                for hash in chains[*chain].iter().skip(*keep).rev() {
+                    let in_memory =
+                        |hash: &BlockHash| held.contains(hash) && !naive.on_disk.contains(&(node(*n), *hash));
+                    if goes_on(chains, hash, in_memory) {
+                        break;
+                    }
+                    if held.contains(hash) {
+                        naive.on_disk.insert((node(*n), *hash));
+                    }
+                    let (hash, tier) = (*hash, Tier::Disk);
+                    index.apply(&node(*n), &BlockEvent::Moved { hash, tier });
                 }
             }
             Op::Reset { node: n } => {
                 naive.held.remove(&node(*n));
+                naive.on_disk.retain(|(holder, _)| *holder != node(*n));
                 index.reset(&node(*n));
             }
         }
         index.check_integrity();
     }
     (index, naive)
+}
+
+/// Whether some chain has a block after `hash` that `is_there`.
+fn goes_on(chains: &[Vec<BlockHash>], hash: &BlockHash, is_there: impl Fn(&BlockHash) -> bool) -> bool {
+    chains.iter().any(|blocks| {
+        let position = blocks.iter().position(|block| block == hash);
+        position.is_some_and(|at| blocks.get(at + 1).is_some_and(&is_there))
+    })
 }
 
 fn chains() -> Vec<Vec<BlockHash>> {

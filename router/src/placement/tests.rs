@@ -15,6 +15,7 @@ fn rates() -> Rates {
         prefill_ms_per_token_kilocontext: 0.5,
         decode_step_ms: 10.0,
         transfer_bytes_per_ms: 1e6,
+        disk_bytes_per_ms: 1e6,
     }
 }
 
@@ -49,6 +50,8 @@ fn cluster() -> Vec<NodeView> {
 struct Case {
     prompt_tokens: u64,
     matches: Vec<(&'static str, usize)>,
+    /// Holders have no more blocks than these in memory, and the rest on disk.
+    in_memory_max: Option<usize>,
     excluded: Vec<&'static str>,
     slo: Slo,
     key: u8,
@@ -70,6 +73,7 @@ impl Case {
             .map(|(node, blocks)| Match {
                 node: (*node).into(),
                 blocks: *blocks,
+                in_memory: (*blocks).min(self.in_memory_max.unwrap_or(usize::MAX)),
             })
             .collect();
         let excluded = self.excluded.iter().map(|name| NodeId::from(*name)).collect();
@@ -158,6 +162,36 @@ fn a_prefix_is_fetched_where_that_beats_computing_it() {
     let choice = case.choice(&nodes);
     assert!(choice.sources.is_empty(), "{choice:?}");
     assert_eq!(choice.new_tokens, 2000);
+}
+
+#[test]
+fn a_prefix_on_disk_costs_its_reading() {
+    let mut case = Case::of(2000);
+    case.matches = vec![("p0", 40), ("p1", 40)];
+    let mut nodes = cluster();
+    let fast = case.choice(&nodes);
+    assert_eq!(fast.prediction.promote, Millis(0.0));
+
+    // 30 blocks of 32 tokens of 23,040 bytes each, at 10,000 bytes per millisecond.
+    case.in_memory_max = Some(10);
+    for node in &mut nodes {
+        node.rates.disk_bytes_per_ms = 10_000.0;
+    }
+    let slow = case.choice(&nodes);
+    assert_eq!(slow.prediction.promote, Millis(30.0 * 32.0 * 23_040.0 / 10_000.0));
+    assert_eq!(slow.prediction.fetch, Millis(0.0), "both hold the same");
+    let longer = slow.prediction.total.0 - fast.prediction.total.0;
+    assert!((longer - slow.prediction.promote.0).abs() < 1e-6, "{longer}");
+
+    // A peer's disk is waited for like one's own, and only for what the engine lacks.
+    case.matches = vec![("d0", 40), ("p0", 20), ("p1", 20)];
+    case.in_memory_max = Some(20);
+    for node in &mut nodes {
+        node.rates.disk_bytes_per_ms = 1e6;
+    }
+    let peer = case.choice(&nodes);
+    assert_eq!(peer.sources[0].node, "d0".into());
+    assert_eq!(peer.prediction.promote, Millis(20.0 * 32.0 * 23_040.0 / 1e6));
 }
 
 #[test]

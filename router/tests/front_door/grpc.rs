@@ -322,3 +322,42 @@ async fn a_node_elsewhere_is_told_where_the_prefix_is() {
     assert_eq!(source.grpc_endpoint, store.record.grpc_endpoint);
     assert!(requests[1].sources.is_empty(), "tenants share no cache");
 }
+
+#[tokio::test]
+async fn while_a_request_waits_the_holder_of_its_prompt_is_told_to_read_its_disk() {
+    let fixture = Fixture::new();
+    let conversation: Vec<u32> = (0..100).collect();
+    let mut blocks = held(&fixture, "acme", &conversation);
+    for event in &mut blocks[5..] {
+        if let BlockEvent::Stored { tier, .. } = event {
+            *tier = Tier::Disk;
+        }
+    }
+    let store = FakeNode::with_blocks(&fixture.space, "s0", Role::Store, blocks, |_| greeting());
+    let decode = fixture.decode("d0", |request| match request.prompt.len() {
+        1 => vec![Step::Hang],
+        _ => greeting(),
+    });
+    let narrow = router::Config {
+        running_requests_max: 1,
+        ..config()
+    };
+    let router = Router::start(&fixture, narrow, &[&store, &decode]).await;
+    let request = |ids: &[u32]| v1::GenerateRequest {
+        input: Some(Input::Tokens(v1::TokenIds { ids: ids.to_vec() })),
+        tenant: "acme".into(),
+        ..v1::GenerateRequest::default()
+    };
+    let first = client(&router).generate(request(&[65])).await.expect("begun");
+    decode.open_streams(1).await;
+    let second = events(&router, request(&conversation));
+    let rest = async {
+        let hints = store.hints().await;
+        assert_eq!(hints.len(), 1);
+        assert_eq!(hints[0].kv_root, fixture.space.root().0);
+        assert_eq!(hints[0].hashes.len(), 12, "as far as the store holds it");
+        drop(first);
+    };
+    let (second, ()) = tokio::join!(second, rest);
+    second.expect("served");
+}

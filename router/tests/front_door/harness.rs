@@ -77,6 +77,7 @@ pub(crate) struct FakeNode {
 struct Scripted {
     script: Script,
     requests: Mutex<Vec<v1::DecodeRequest>>,
+    hints: watch::Sender<Vec<v1::PrefetchRequest>>,
     streams: watch::Sender<usize>,
     blocks: Vec<BlockEvent>,
     epoch: Epoch,
@@ -116,6 +117,7 @@ impl FakeNode {
         let shared = Arc::new(Scripted {
             script: Arc::new(script),
             requests: Mutex::default(),
+            hints: watch::Sender::default(),
             streams: watch::Sender::new(0),
             blocks,
             epoch: Epoch(1),
@@ -167,6 +169,13 @@ impl FakeNode {
     /// Requests that it was sent.
     pub(crate) fn requests(&self) -> Vec<v1::DecodeRequest> {
         self.shared.requests.lock().expect("no script panicked").clone()
+    }
+
+    /// The hints that it was sent, once there is one.
+    pub(crate) async fn hints(&self) -> Vec<v1::PrefetchRequest> {
+        let mut hints = self.shared.hints.subscribe();
+        let waited = tokio::time::timeout(PATIENCE, hints.wait_for(|hints| !hints.is_empty()));
+        waited.await.expect("in time").expect("the node lives").clone()
     }
 
     /// Waits until this many streams are open.
@@ -309,9 +318,10 @@ impl KvStore for Scripted {
     }
     async fn prefetch(
         &self,
-        _: Request<v1::PrefetchRequest>,
+        request: Request<v1::PrefetchRequest>,
     ) -> Result<Response<v1::PrefetchResponse>, Status> {
-        unreachable!("a router moves no blocks")
+        self.hints.send_modify(|hints| hints.push(request.into_inner()));
+        Ok(Response::new(v1::PrefetchResponse::default()))
     }
 }
 
