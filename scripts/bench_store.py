@@ -26,7 +26,9 @@ PAGE = ROOT / "docs" / "performance.md"
 BENCH = TARGET / "release" / "examples" / "store_bench"
 POOL_BYTES = 512 * MIB
 # Of one phase: small beside the pool, so that what was put is still there to be got.
-PHASE_BYTES = 96 * MIB
+PHASE_BYTES = 192 * MIB
+# Of all clients' batches together.
+BATCH_BYTES_MAX = 64 * MIB
 BATCHES_MAX = 400
 SIZES = (4 * KIB, 64 * KIB, 512 * KIB, MIB, 4 * MIB, 16 * MIB)
 MASTER_PORT = 50061
@@ -53,7 +55,7 @@ class Case:
 def cases(quick):
     sizes = (64 * KIB, MIB) if quick else SIZES
     shapes = [(bytes, blocks, clients) for bytes in sizes for blocks in (1, 16) for clients in (1, 2, 4)]
-    return [Case(*shape) for shape in shapes if shape[0] * shape[1] * shape[2] <= PHASE_BYTES * 2 // 3]
+    return [Case(*shape) for shape in shapes if shape[0] * shape[1] * shape[2] <= BATCH_BYTES_MAX]
 
 
 class Lines:
