@@ -68,6 +68,14 @@ async fn stats(members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
                 "misses": stats.misses,
                 "evictions": stats.evictions,
                 "corruptions": stats.corruptions,
+                "object_tier": stats.object_tier.as_ref().map(|tier| json!({
+                    "usable": tier.usable,
+                    "read_bytes": tier.read_bytes,
+                    "written_bytes": tier.written_bytes,
+                    "missed_segments": tier.missed_segments,
+                    "errors": tier.errors,
+                    "corruptions": tier.corruptions,
+                })),
             })
         });
         return output::print_json(&json!({ "nodes": nodes.collect::<Vec<_>>() }));
@@ -84,6 +92,7 @@ async fn stats(members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
         "HIT RATIO",
         "EVICTED",
         "CORRUPT",
+        "BUCKET",
     ]);
     for (record, stats) in &answers {
         let asked = stats.hits + stats.misses;
@@ -102,6 +111,15 @@ async fn stats(members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
             },
             stats.evictions.to_string(),
             stats.corruptions.to_string(),
+            match &stats.object_tier {
+                None => "-".to_owned(),
+                Some(tier) if !tier.usable => "bypassed".to_owned(),
+                Some(tier) => format!(
+                    "{} in, {} out",
+                    output::bytes(tier.written_bytes),
+                    output::bytes(tier.read_bytes)
+                ),
+            },
         ]);
     }
     Ok(output::print_table(&table)?)

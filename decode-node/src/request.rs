@@ -276,7 +276,7 @@ impl<'a> Running<'a> {
         Ok(())
     }
 
-    /// Brings what peers and this node's disk hold of the prefix into this node's store. Nothing stays pinned: the batch pins it again when
+    /// Brings what this node's lower tiers and peers hold of the prefix into this node's store. Nothing stays pinned: the batch pins it again when
     /// there is room, so that nobody who waits holds memory.
     async fn fetch(
         &mut self,
@@ -285,7 +285,7 @@ impl<'a> Running<'a> {
         sources: &[v1::PrefixSource],
     ) -> Result<(), Error> {
         let store = &self.shared.store;
-        let has_source = !sources.is_empty() || store.disk().is_some();
+        let has_source = !sources.is_empty() || store.has_lower_tiers();
         if !has_source || self.shared.is_short_of_blocks() {
             return Ok(());
         }

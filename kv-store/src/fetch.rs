@@ -1,4 +1,4 @@
-//! Fetching the cached prefix of a prompt: from this node's own disk, and from peers.
+//! Fetching the cached prefix of a prompt: from this node's own disk, from peers, and from the bucket that all share.
 //!
 //! Invariant: what comes back is pinned, verified and continues the prefix that the caller holds. Everything that
 //! can go wrong (a peer that dropped the blocks, lies, stalls or dies, a full pool) only makes it shorter:
@@ -6,7 +6,7 @@
 //!
 //! Requests of one node that want the same blocks at the same time fetch them once.
 //!
-//! Elsewhere: which peers to ask (`router`), the other side (`service.rs`), the disk (`tiers.rs`).
+//! Elsewhere: which peers to ask (`router`), the other side (`service.rs`), the disk and the bucket (`tiers.rs`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ use types::{BlockHash, Checksum, Epoch, Error};
 
 use crate::store::{BlockPin, Corrupt, OwnedBlock, Store};
 use crate::table::Purpose;
-use crate::tiers;
+use crate::tiers::{self, objects::Wanted};
 
 mod flights;
 
@@ -73,6 +73,13 @@ pub struct Fetch<'a> {
     pub deadline: Instant,
 }
 
+impl Fetch<'_> {
+    /// Whether the bucket comes into question: only a request's chain is known to begin at a root, as segments do.
+    fn asks_bucket(&self) -> bool {
+        self.purpose == Purpose::Request
+    }
+}
+
 /// What a fetch brought.
 #[derive(Debug, Default)]
 pub struct FetchOutcome {
@@ -80,6 +87,8 @@ pub struct FetchOutcome {
     pub blocks: Vec<BlockPin>,
     /// Those of them that came from this node's own disk.
     pub promoted: usize,
+    /// Those of them that came from the bucket.
+    pub from_objects: usize,
     /// Bytes that peers moved for this fetch and that were found good.
     pub bytes: u64,
     /// What moved them, such as `tcp`; `none` if nothing moved.
@@ -120,7 +129,9 @@ pub async fn fetch_prefix(store: &Store, channels: &Channels, fetch: Fetch<'_>) 
         let Some(first) = rest.first() else {
             break;
         };
-        let has_source = !fetch.sources.is_empty() || tiers::is_promotable(store, first);
+        let has_source = !fetch.sources.is_empty()
+            || tiers::is_promotable(store, first)
+            || (fetch.asks_bucket() && tiers::objects::may_hold(store, fetch.chain, next));
         if !has_source || fetch.deadline <= Instant::now() {
             break;
         }
@@ -146,7 +157,8 @@ pub async fn fetch_prefix(store: &Store, channels: &Channels, fetch: Fetch<'_>) 
 /// were in memory, and those that came in time.
 pub async fn promote_prefix(store: &Store, chain: &[BlockHash], deadline: Instant) -> Vec<BlockPin> {
     let fetch = Fetch {
-        purpose: Purpose::Request,
+        // No peer is asked, and the chain may begin anywhere.
+        purpose: Purpose::Move,
         root: store.common_root(),
         chain,
         from: 0,
@@ -157,17 +169,44 @@ pub async fn promote_prefix(store: &Store, chain: &[BlockHash], deadline: Instan
 }
 
 /// Fetches the chain's blocks up to `end`, which nobody else is fetching, from one source after the other. The node's own disk
-/// comes first: it costs no peer anything.
+/// comes first: it costs no peer anything. The bucket comes last: nobody knows what it has before asking, and it is the farthest.
 async fn lead(store: &Store, channels: &Channels, fetch: Fetch<'_>, end: usize, outcome: &mut FetchOutcome) {
     let permit = timeout_at(fetch.deadline, store.inner().fetch_permits.acquire()).await;
     let Ok(Ok(_permit)) = permit else {
         return;
     };
     let next = fetch.from + outcome.blocks.len();
-    let share = share_of(fetch.deadline, fetch.sources.is_empty());
+    let asks_bucket = fetch.asks_bucket() && store.objects().is_some();
+    let share = share_of(fetch.deadline, fetch.sources.is_empty() && !asks_bucket);
     let promoted = tiers::promote(store, &fetch.chain[next..end], share).await;
     outcome.promoted += promoted.len();
     outcome.blocks.extend(promoted);
+    ask_peers(store, channels, fetch, end, !asks_bucket, outcome).await;
+    let from = fetch.from + outcome.blocks.len();
+    if asks_bucket && from < end {
+        let wanted = Wanted {
+            root: fetch.root,
+            chain: fetch.chain,
+            from,
+            end,
+        };
+        // What is left of the request's time is for computing, too.
+        let share = share_of(fetch.deadline, false);
+        let promoted = tiers::objects::promote(store, wanted, share).await;
+        outcome.from_objects += promoted.len();
+        outcome.blocks.extend(promoted);
+    }
+}
+
+/// Fetches the chain's blocks up to `end` from one peer after the other.
+async fn ask_peers(
+    store: &Store,
+    channels: &Channels,
+    fetch: Fetch<'_>,
+    end: usize,
+    are_last: bool,
+    outcome: &mut FetchOutcome,
+) {
     for (i, source) in fetch.sources.iter().enumerate() {
         let next = fetch.from + outcome.blocks.len();
         let remaining = fetch.deadline.saturating_duration_since(Instant::now());
@@ -181,7 +220,7 @@ async fn lead(store: &Store, channels: &Channels, fetch: Fetch<'_>, end: usize, 
             store,
             fetch,
             end: end.min(source.blocks),
-            deadline: share_of(fetch.deadline, i + 1 == fetch.sources.len()),
+            deadline: share_of(fetch.deadline, are_last && i + 1 == fetch.sources.len()),
         };
         match attempt.run(channels, &source.grpc_endpoint, outcome).await {
             Ok(()) => {}

@@ -14,7 +14,8 @@
 //! - [`table`]: slots, hashes, pins, leases; [`policy`]: what is evicted; [`replay`]: how well; [`expiring`]: promises that end by themselves;
 //! - [`cooperate`]: which blocks go to a peer instead of being dropped;
 //! - [`log`] and [`follower`]: the numbered log and its reader's side;
-//! - [`disk`]: the disk tier's own table, files and breaker; `tiers.rs`: what moves between the pool and the disk;
+//! - [`disk`]: the disk tier's own table, files and breaker; [`object`]: the bucket's segments and requests; `tiers.rs`: what moves between
+//!   the pool and what is below it;
 //! - [`store`]: the table and the bytes behind one handle, with guards; [`sequence`]: the blocks of one sequence;
 //! - [`service`]: what peers may ask; [`fetch`]: asking peers;
 //! - [`Cache`]: what peers and people may ask beside; [`Exchange`]: giving blocks to peers, in the background, together with the
@@ -36,6 +37,7 @@ pub mod fetch;
 pub mod follower;
 pub mod log;
 mod metrics;
+pub mod object;
 pub mod policy;
 pub mod probe;
 pub mod replay;

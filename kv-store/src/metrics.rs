@@ -9,8 +9,10 @@ use crate::cooperate::Reason;
 use crate::table::Counts;
 
 mod disk;
+mod object;
 
 pub(crate) use disk::DiskMetrics;
+pub(crate) use object::ObjectMetrics;
 
 /// The metrics of one store. Every slot of the pool is in exactly one of the states.
 #[derive(Debug)]
@@ -31,6 +33,7 @@ pub(crate) struct Metrics {
     pub(crate) reservations_expired: Counter,
     pub(crate) watch_snapshots: Counter,
     pub(crate) disk: DiskMetrics,
+    pub(crate) object: ObjectMetrics,
     pub(crate) quarantined: Gauge,
     pub(crate) scrubbed_bytes: Counter,
     pub(crate) offered_blocks: Counter,
@@ -126,6 +129,7 @@ impl Metrics {
             ),
             dropped,
             disk: DiskMetrics::register(metrics),
+            object: ObjectMetrics::register(metrics),
         }
     }
 

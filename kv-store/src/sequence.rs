@@ -101,6 +101,7 @@ impl SequenceBlocks {
             self.push_shared(pin);
         }
         self.cached_tokens = self.writable_from();
+        self.store.note_reused(&self.chain[..self.shared.len()]);
     }
 
     /// Appends blocks that the sequence's peer has written, after verifying all of them: full ones are shared

@@ -186,6 +186,7 @@ impl Service {
             evictions: stats.evictions,
             corruptions: stats.corruptions,
             log_sequence: stats.log_sequence,
+            object_tier: self.store.object_stats(),
         }
     }
 }

@@ -27,6 +27,7 @@ use crate::Config;
 use crate::disk::Disk;
 use crate::fetch::Flights;
 use crate::metrics::Metrics;
+use crate::object::Objects;
 use crate::roots::Roots;
 use crate::scrub::Health;
 use crate::table::{BlockTable, Committed, Counts, OutOfBlocks, Parent, TableLimits};
@@ -140,6 +141,8 @@ pub(crate) struct Inner {
     table: Mutex<BlockTable>,
     /// Below the pool, once it is mounted.
     pub(crate) disk: OnceLock<Disk>,
+    /// Below both, once it is mounted.
+    pub(crate) objects: OnceLock<Objects>,
     roots: Mutex<Roots>,
     /// Number of the newest log entry.
     changed: watch::Sender<u64>,
@@ -203,6 +206,7 @@ impl Store {
                 block_bytes,
                 table: Mutex::new(table),
                 disk: OnceLock::new(),
+                objects: OnceLock::new(),
                 roots: Mutex::new(Roots::new(space.clone())),
                 changed: watch::Sender::new(0),
                 flights: Arc::default(),

@@ -17,6 +17,7 @@ use types::{ErrorCode, KvSpace, LoadReport, NodeRecord};
 use crate::cache::Cache;
 use crate::disk::{self, OpenError};
 use crate::exchange::Exchange;
+use crate::object::{self, Objects};
 use crate::service::Service;
 use crate::store::{Store, StoreError};
 use crate::transfers::{self, HostReader};
@@ -34,6 +35,8 @@ pub struct Config {
     pub store: crate::Config,
     /// The disk below the pool, if there is one.
     pub disk: Option<disk::Config>,
+    /// The bucket below, if there is one.
+    pub objects: Option<object::Config>,
 }
 
 impl Default for Config {
@@ -47,6 +50,8 @@ impl Default for Config {
             store: crate::Config::default(),
             // A folder and a size that only a deployment knows.
             disk: None,
+            // As the disk; and it may cost money.
+            objects: None,
         }
     }
 }
@@ -63,6 +68,9 @@ pub enum StartError {
     /// The disk tier cannot be used.
     #[error("{0}")]
     Disk(#[from] OpenError),
+    /// The object tier cannot be used.
+    #[error("{0}")]
+    Objects(#[from] object::OpenError),
 }
 
 impl StartError {
@@ -72,6 +80,7 @@ impl StartError {
             Self::Transport(error) => error.code(),
             Self::Store(error) => error.code(),
             Self::Disk(error) => error.code(),
+            Self::Objects(error) => error.code(),
         }
     }
 }
@@ -107,6 +116,7 @@ impl StoreNode {
             transfer,
             store,
             disk,
+            objects,
         } = config;
         let host = HostReader::new("/".into(), &transfer.ucx.settings);
         let transport: Arc<dyn Transport> =
@@ -116,6 +126,15 @@ impl StoreNode {
         let store = Store::new(store, space, identity.epoch, memory, transport, metrics)?;
         if let Some(disk) = disk {
             open_disk(&store, disk).await?;
+        }
+        if let Some(config) = objects {
+            let opened = Objects::open(&config, store.common_root(), store.layout().block_bytes())?;
+            tracing::info!(
+                url = config.url,
+                blocks = opened.grid().blocks(),
+                "object tier opened"
+            );
+            store.mount_objects(opened);
         }
         let channels = Channels::new();
         Ok(Self {

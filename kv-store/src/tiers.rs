@@ -1,13 +1,13 @@
-//! What moves between the pool and the disk below it: offload goes down, promote comes up.
+//! What moves between the pool and the tiers below it: offload goes down, promote comes up.
 //!
 //! Invariants:
 //! - A block of the pool stays pinned while it is written to disk, and a slot of the disk while it is read. Both pins belong to the
 //!   system call ([`crate::disk::Disk`]), so they end when it does, whoever has stopped waiting.
 //! - What comes from disk is verified before it is committed. What fails is dropped with all that continues it.
-//! - All of it is optional work: a disk that is slow, full or failing makes hits into misses, and nothing else.
+//! - All of it is optional work: a disk or bucket that is slow, full or failing makes hits into misses, and nothing else.
 //!
 //! Elsewhere: what is where (`table/tiers.rs`), files and breaker (`disk.rs`), which blocks are written when (`offload.rs`),
-//! how prefixes come back (`promote.rs`).
+//! how prefixes come back (`promote.rs`), the bucket (`objects.rs`).
 
 use std::io;
 use std::time::Duration;
@@ -21,8 +21,10 @@ use crate::disk::format::RECORD_BYTES;
 use crate::disk::table::{Located, Reserved, SlotId};
 use crate::disk::{self, Disk, DiskError, Kind, OpenError};
 use crate::fetch::promote_prefix;
+use crate::object::Objects;
 use crate::store::{Corrupt, OwnedBlock, Store};
 
+pub(crate) mod objects;
 mod offload;
 mod promote;
 
@@ -103,12 +105,55 @@ impl Store {
         (in_memory, missing)
     }
 
-    /// Looks after the disk tier until shutdown: writes blocks behind their commits, clears records, probes a disk that is
-    /// passed over. Ends at once where there is none. One of these must run per store.
+    /// Looks after the tiers below the pool until shutdown. Ends at once where there is none. One of these must run per store.
     pub async fn run_tiers(&self, shutdown: CancellationToken) {
-        let Some(disk) = self.disk() else {
-            return;
+        let running = async {
+            tokio::join!(
+                async {
+                    if let Some(disk) = self.disk() {
+                        self.run_disk(disk).await;
+                    }
+                },
+                async {
+                    if let Some(objects) = self.objects() {
+                        self.run_objects(objects).await;
+                    }
+                },
+            )
         };
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            ((), ()) = running => {}
+        }
+    }
+
+    /// Writes segments that are worth it to the bucket, and probes one that is passed over. Never ends.
+    async fn run_objects(&self, objects: &Objects) {
+        // Apart from the work, as for the disk.
+        let watching = async {
+            let mut ticks = ticks();
+            loop {
+                ticks.tick().await;
+                objects.check();
+                let usable = &self.inner().metrics.object.usable;
+                usable.set(i64::from(objects.is_usable()));
+            }
+        };
+        let working = async {
+            let mut ticks = ticks();
+            loop {
+                ticks.tick().await;
+                objects::write_waiting(self, objects).await;
+            }
+        };
+        tokio::select! {
+            () = watching => {}
+            () = working => {}
+        }
+    }
+
+    /// Writes blocks behind their commits, clears records, probes a disk that is passed over. Never ends.
+    async fn run_disk(&self, disk: &Disk) {
         // Apart from the work: a disk that is silent keeps the work waiting.
         let watching = async {
             let mut ticks = ticks();
@@ -129,7 +174,6 @@ impl Store {
             }
         };
         tokio::select! {
-            () = shutdown.cancelled() => {}
             () = watching => {}
             () = working => {}
         }

@@ -338,7 +338,7 @@ pub(crate) async fn prepare(shared: &Shared, prompt: &Prompt, deadline: Instant)
     let store: &Store = &shared.store;
     let mut blocks = SequenceBlocks::begin(store, &prompt.tenant, &prompt.tokens);
     let mut fetched_bytes = 0;
-    let has_source = !prompt.sources.is_empty() || store.disk().is_some();
+    let has_source = !prompt.sources.is_empty() || store.has_lower_tiers();
     if blocks.shared_blocks() < blocks.chain().len() && has_source {
         let fetch = kv_store::Fetch {
             purpose: kv_store::table::Purpose::Request,

@@ -222,6 +222,11 @@ pub struct Cluster {
 impl Cluster {
     /// Starts a cluster on free ports and waits until it serves.
     pub fn start(model: &Path, arguments: &[&str]) -> Self {
+        Self::start_with(model, arguments, &[])
+    }
+
+    /// As [`Cluster::start`], with these variables in the environment of all processes.
+    pub fn start_with(model: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().expect("folder");
         let mut command = Command::new(perigee());
         command
@@ -236,7 +241,8 @@ impl Cluster {
                 "--model",
             ])
             .arg(model)
-            .args(arguments);
+            .args(arguments)
+            .envs(environment.iter().copied());
         let mut up = Process::start(&mut command, folder.path(), "up");
         let line = up.line();
         let ready = serde_json::from_str(&line)

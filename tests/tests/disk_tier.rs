@@ -1,9 +1,10 @@
-//! A store's disk tier outlives its process, however that dies.
+//! A store's disk tier outlives its process, however that dies, and a store outlives its disk.
 
 #![allow(missing_docs)]
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -30,12 +31,23 @@ const BLOCKS_PER_LIFE: u64 = 64;
 /// Of the blocks on disk, how many a restart must find.
 const FOUND_MIN: f64 = 0.99;
 
+/// For tests that are not about the machine's disk, which others use too.
+const PATIENT: &[&str] = &[
+    "kv.disk_rate_min=0B",
+    "kv.disk_stall_max=60s",
+    "kv.disk_promote_timeout=60s",
+];
+
 /// A `perigee store` whose disk tier is always in the same folder.
 struct Home {
     folder: tempfile::TempDir,
+    /// Settings beside those of every store here.
+    settings: &'static [&'static str],
     model: PathBuf,
     registry: String,
     space: KvSpace,
+    /// Members of the cluster that the store belongs to.
+    _cluster: Cluster,
 }
 
 /// One life of it.
@@ -46,6 +58,27 @@ struct Life {
 }
 
 impl Home {
+    fn new(settings: &'static [&'static str]) -> Self {
+        let folder = tempfile::tempdir().expect("folder");
+        fs::create_dir(folder.path().join("disk")).expect("folder");
+        let model = folder.path().join("tiny.gguf");
+        write_tiny_gguf(&model, &TinyModel::default()).expect("write the model");
+        let cluster = Cluster::start(&model, &["--kv-memory", "16MiB", "--threads", "1"]);
+        let file = engine::ModelFile::open(&model).expect("a model");
+        Self {
+            space: engine::model::kv_space(&file, engine::Precision::Fast, BLOCK_TOKENS),
+            folder,
+            settings,
+            model,
+            registry: cluster.ready.registry.clone(),
+            _cluster: cluster,
+        }
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.folder.path().join("disk")
+    }
+
     async fn live(&self) -> Life {
         let (grpc, http) = (free_port(), free_port());
         let mut command = Command::new(perigee());
@@ -60,10 +93,8 @@ impl Home {
                 "--set",
                 "kv.disk_write_rate=0B",
             ])
-            // This is no test of the machine's disk, which others use too.
-            .args(["--set", "kv.disk_rate_min=0B", "--set", "kv.disk_stall_max=60s"])
-            .args(["--set", "kv.disk_promote_timeout=60s"])
-            .args(["--set", &format!("kv.disk_path={}", self.folder.path().display())])
+            .args(self.settings.iter().flat_map(|setting| ["--set", setting]))
+            .args(["--set", &format!("kv.disk_path={}", self.disk().display())])
             .arg("--model")
             .arg(&self.model);
         let process = Process::start(&mut command, self.folder.path(), "store");
@@ -252,17 +283,7 @@ impl Peer {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_is_killed_while_it_writes_finds_its_disk_again() {
-    let folder = tempfile::tempdir().expect("folder");
-    let model = folder.path().join("tiny.gguf");
-    write_tiny_gguf(&model, &TinyModel::default()).expect("write the model");
-    let cluster = Cluster::start(&model, &["--kv-memory", "16MiB", "--threads", "1"]);
-    let file = engine::ModelFile::open(&model).expect("a model");
-    let home = Arc::new(Home {
-        space: engine::model::kv_space(&file, engine::Precision::Fast, BLOCK_TOKENS),
-        folder,
-        model,
-        registry: cluster.ready.registry.clone(),
-    });
+    let home = Arc::new(Home::new(PATIENT));
     let peer = Arc::new(Peer::new(home.space.layout.block_bytes()).await);
     let put = Arc::new(AtomicU32::new(0));
     let (mut on_disk, mut expected, mut found) = (0, 0, 0);
@@ -316,4 +337,203 @@ async fn a_store_that_is_killed_while_it_writes_finds_its_disk_again() {
     println!(
         "{found} blocks were read and verified after {KILLS} kills; {expected} were known to be on disk"
     );
+}
+
+/// A file system of its own, which goes when this is dropped.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    /// `None`, and it is said why, where this process may not mount.
+    fn new(arguments: &[&str], at: &Path) -> Option<Self> {
+        let mounted = run("mount", &[arguments, &[&at.to_string_lossy()]].concat());
+        mounted.map(|()| Self(at.to_owned()))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        run("umount", &["--lazy", &self.0.to_string_lossy()]);
+    }
+}
+
+/// Bounds what processes read from and write to one device.
+struct Slowed {
+    group: PathBuf,
+    device: String,
+    process: u32,
+}
+
+impl Slowed {
+    /// `None`, and it is said why, where the system has no such bound or this process may not set it.
+    fn new(device: &str, bytes_per_second: u64, process: u32) -> Option<Self> {
+        let group = PathBuf::from(format!("/sys/fs/cgroup/blkio/perigee-{process}"));
+        if let Err(error) = fs::create_dir(&group) {
+            println!("skipped: {}: {error}", group.display());
+            return None;
+        }
+        let slowed = Self {
+            group,
+            device: device.to_owned(),
+            process,
+        };
+        slowed.allow(bytes_per_second);
+        fs::write(slowed.group.join("cgroup.procs"), process.to_string()).expect("the process lives");
+        Some(slowed)
+    }
+
+    /// From now on, so many bytes per second; 0 is no bound.
+    fn allow(&self, bytes_per_second: u64) {
+        for direction in ["read", "write"] {
+            let file = self.group.join(format!("blkio.throttle.{direction}_bps_device"));
+            fs::write(&file, format!("{} {bytes_per_second}", self.device)).expect("it can be set");
+        }
+    }
+}
+
+impl Drop for Slowed {
+    fn drop(&mut self) {
+        // A group goes when nobody is in it.
+        fs::write("/sys/fs/cgroup/blkio/cgroup.procs", self.process.to_string()).ok();
+        fs::remove_dir(&self.group).ok();
+    }
+}
+
+/// `None`, and it is said why, where the command fails.
+fn run(program: &str, arguments: &[&str]) -> Option<()> {
+    let output = Command::new(program).args(arguments).output().expect("start");
+    if output.status.success() {
+        return Some(());
+    }
+    let errors = String::from_utf8_lossy(&output.stderr);
+    println!("skipped: {program} {arguments:?}: {errors}");
+    None
+}
+
+/// Puts one chain after the other until `enough`, and reads each of them back. Returns how many were put.
+async fn put_until(
+    home: &Home,
+    life: &mut Life,
+    peer: &Peer,
+    first: u32,
+    mut enough: impl FnMut(&Life) -> bool,
+) -> u32 {
+    let start = Instant::now();
+    let mut seed = first;
+    while !enough(life) {
+        assert!(
+            start.elapsed() < PATIENCE,
+            "it never came to that\n{}",
+            life.process.log()
+        );
+        let chain = home.chain(seed);
+        peer.put(home, &mut life.client, &chain)
+            .await
+            .expect("the store serves");
+        let read = peer.get(home, &mut life.client, &chain).await;
+        assert_eq!(read, CHAIN, "what was just put is in memory");
+        seed += 1;
+    }
+    seed
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_system_that_is_really_full_stops_writes_and_nothing_else() {
+    let home = Home::new(&[
+        "kv.disk_rate_min=0B",
+        "kv.disk_stall_max=60s",
+        "kv.disk_promote_timeout=60s",
+        "kv.disk_bypass_min=1s",
+        "kv.disk_bypass_max=1s",
+    ]);
+    let Some(mounted) = Mounted::new(&["-t", "tmpfs", "-o", "size=4m", "tmpfs"], &home.disk()) else {
+        return;
+    };
+    let peer = Peer::new(home.space.layout.block_bytes()).await;
+    let mut life = home.live().await;
+    let full = |life: &Life| life.process.log().contains("the disk is full");
+    let put = put_until(&home, &mut life, &peer, 0, full).await;
+    assert_eq!(life.metric("perigee_kvstore_disk_writable"), 0);
+    // What is there is read while nothing more fits, and every byte of it is right.
+    assert_eq!(life.metric("perigee_kvstore_disk_readable"), 1);
+    let before = life.metric("perigee_kvstore_disk_read_blocks_total");
+    for seed in 0..put {
+        peer.get(&home, &mut life.client, &home.chain(seed)).await;
+    }
+    assert!(life.metric("perigee_kvstore_disk_read_blocks_total") > before);
+    let put = put_until(&home, &mut life, &peer, put, {
+        let mut more = 20;
+        move |_| {
+            more -= 1;
+            more == 0
+        }
+    })
+    .await;
+    // Room that somebody makes is found.
+    let written = life.metric("perigee_kvstore_disk_written_blocks_total");
+    run("mount", &["-o", "remount,size=64m", &mounted.0.to_string_lossy()])
+        .expect("it was mounted by this process");
+    let room = |life: &Life| life.metric("perigee_kvstore_disk_written_blocks_total") > written + 64;
+    put_until(&home, &mut life, &peer, put, room).await;
+    assert_eq!(life.metric("perigee_kvstore_corruptions_total"), 0);
+}
+
+/// A real file system on a real block device, which the system lets through 5 MB per second.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_is_really_slow_is_passed_over_until_it_is_not() {
+    const SLOW: u64 = 5_000_000;
+    let home = Home::new(&[
+        // Three times what the disk will give.
+        "kv.disk_rate_min=16MiB",
+        "kv.disk_stall_max=60s",
+        "kv.disk_promote_timeout=60s",
+        "kv.disk_bypass_min=1s",
+        "kv.disk_bypass_max=1s",
+    ]);
+    let image = home.folder.path().join("image");
+    let sized = fs::File::create(&image).and_then(|file| file.set_len(128 << 20));
+    sized.expect("room for an image");
+    let path = image.to_string_lossy();
+    let Some(mounted) =
+        run("mkfs.ext4", &["-q", &path]).and_then(|()| Mounted::new(&["-o", "loop", &path], &home.disk()))
+    else {
+        return;
+    };
+    let device = Command::new("findmnt")
+        .args(["-no", "MAJ:MIN"])
+        .arg(&mounted.0)
+        .output();
+    let device = String::from_utf8(device.expect("findmnt").stdout).expect("UTF-8");
+    let peer = Peer::new(home.space.layout.block_bytes()).await;
+    let mut life = home.live().await;
+    let Some(slowed) = Slowed::new(device.trim(), SLOW, life.process.pid().as_raw().unsigned_abs()) else {
+        return;
+    };
+    let slow = |life: &Life| life.process.log().contains("the disk is slow");
+    let put = put_until(&home, &mut life, &peer, 0, slow).await;
+    assert_eq!(life.metric("perigee_kvstore_disk_readable"), 0);
+    // Nobody waits for it: memory serves.
+    let begun = Instant::now();
+    let put = put_until(&home, &mut life, &peer, put, {
+        let mut more = 20;
+        move |_| {
+            more -= 1;
+            more == 0
+        }
+    })
+    .await;
+    let served = begun.elapsed();
+    slowed.allow(0);
+    let written = life.metric("perigee_kvstore_disk_written_blocks_total");
+    let well = |life: &Life| {
+        life.metric("perigee_kvstore_disk_readable") == 1
+            && life.metric("perigee_kvstore_disk_written_blocks_total") > written + 64
+    };
+    let put = put_until(&home, &mut life, &peer, put, well).await;
+    let mut from_disk = 0;
+    for seed in 0..put {
+        from_disk += peer.get(&home, &mut life.client, &home.chain(seed)).await;
+    }
+    assert!(from_disk > 0);
+    assert_eq!(life.metric("perigee_kvstore_corruptions_total"), 0);
+    println!("20 chains were put and read in {served:?} while the disk was slow");
 }

@@ -227,6 +227,7 @@ async fn open_pool(process: &Process, space: KvSpace) -> anyhow::Result<StoreNod
         },
         store: settings.store.config(),
         disk: settings.kv.disk_config(&process.identity.id),
+        objects: settings.kv.object_config(),
     };
     let shutdown = process.shutdown.token();
     let pool = StoreNode::start(config, space, &process.identity, &process.metrics, shutdown).await;

@@ -106,6 +106,40 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
                 "First time of a bypass, which doubles with each failed probe.",
             ),
             ("disk_bypass_max", "Longest time of a bypass."),
+            (
+                "object_url",
+                "Where long-lived prefixes are kept for all nodes: `file:///folder` or `s3://bucket/prefix`, with credentials from \
+                the environment (`AWS_ACCESS_KEY_ID` and the like); empty is no object tier.",
+            ),
+            (
+                "object_write_rate",
+                "Bytes per second written to the bucket at most; 0 is no bound.",
+            ),
+            (
+                "object_requests",
+                "Requests to the bucket at a time; each may hold 4 MiB.",
+            ),
+            (
+                "object_timeout",
+                "Longest time of a request to the bucket, and of a prompt that waits for blocks from there.",
+            ),
+            (
+                "object_uses_min",
+                "Requests that had a prefix before it is written, the one that computed it included; what is pinned is written at once.",
+            ),
+            (
+                "object_missing_ttl",
+                "How long a segment that was not in the bucket is not asked for again.",
+            ),
+            (
+                "object_errors_max",
+                "Errors in a row after which the bucket is bypassed.",
+            ),
+            (
+                "object_bypass_min",
+                "First time of a bypass, which doubles with each failed probe.",
+            ),
+            ("object_bypass_max", "Longest time of a bypass."),
         ],
     ),
     (

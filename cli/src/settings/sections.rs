@@ -7,6 +7,7 @@ use std::path::Path;
 use engine::Precision;
 use kv_store::disk;
 use kv_store::disk::breaker::Limits;
+use kv_store::object;
 use node::config::{ByteSize, Duration};
 use node::telemetry;
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,8 @@ use types::{Error, NodeId};
 
 /// More threads than a disk has use for would only hold memory.
 const DISK_THREADS_MAX: usize = 256;
+/// Each one may hold a segment in memory.
+const OBJECT_REQUESTS_MAX: usize = 256;
 
 /// Logs.
 pub(crate) type LogSettings = telemetry::Config;
@@ -200,6 +203,15 @@ pub(crate) struct KvSettings {
     pub(crate) disk_rate_min: ByteSize,
     pub(crate) disk_bypass_min: Duration,
     pub(crate) disk_bypass_max: Duration,
+    pub(crate) object_url: String,
+    pub(crate) object_write_rate: ByteSize,
+    pub(crate) object_requests: usize,
+    pub(crate) object_timeout: Duration,
+    pub(crate) object_uses_min: u32,
+    pub(crate) object_missing_ttl: Duration,
+    pub(crate) object_errors_max: u32,
+    pub(crate) object_bypass_min: Duration,
+    pub(crate) object_bypass_max: Duration,
 }
 
 impl Default for KvSettings {
@@ -217,6 +229,7 @@ impl Default for KvSettings {
                     bypass_max,
                 },
         } = disk::Bounds::default();
+        let objects = object::Bounds::default();
         // 46 thousand tokens of the demo's model, and room on a small machine for several nodes.
         Self {
             memory: ByteSize(1 << 30),
@@ -237,6 +250,15 @@ impl Default for KvSettings {
             disk_rate_min: ByteSize(rate_min),
             disk_bypass_min: bypass_min.into(),
             disk_bypass_max: bypass_max.into(),
+            object_url: String::new(),
+            object_write_rate: ByteSize(objects.write_rate_max),
+            object_requests: objects.requests_max,
+            object_timeout: objects.timeout.into(),
+            object_uses_min: objects.uses_min,
+            object_missing_ttl: objects.missing_ttl.into(),
+            object_errors_max: objects.errors_max,
+            object_bypass_min: objects.bypass_min.into(),
+            object_bypass_max: objects.bypass_max.into(),
         }
     }
 }
@@ -260,6 +282,54 @@ impl KvSettings {
                 },
             },
         })
+    }
+
+    /// The object tier, if one is set. All nodes share it.
+    pub(crate) fn object_config(&self) -> Option<object::Config> {
+        (!self.object_url.is_empty()).then(|| object::Config {
+            url: self.object_url.clone(),
+            bounds: object::Bounds {
+                write_rate_max: self.object_write_rate.0,
+                requests_max: self.object_requests,
+                timeout: self.object_timeout.get(),
+                uses_min: self.object_uses_min,
+                missing_ttl: self.object_missing_ttl.get(),
+                errors_max: self.object_errors_max,
+                bypass_min: self.object_bypass_min.get(),
+                bypass_max: self.object_bypass_max.get(),
+            },
+        })
+    }
+
+    fn validate_objects(&self) -> Result<(), Error> {
+        let Some(config) = self.object_config() else {
+            return Ok(());
+        };
+        if !(1..=OBJECT_REQUESTS_MAX).contains(&config.bounds.requests_max) {
+            return Err(Error::invalid(
+                "kv.object_requests",
+                format!(
+                    "kv.object_requests is {}, but must be from 1 to {OBJECT_REQUESTS_MAX}",
+                    config.bounds.requests_max
+                ),
+            ));
+        }
+        if config.bounds.timeout.is_zero() {
+            return Err(Error::invalid(
+                "kv.object_timeout",
+                "kv.object_timeout is 0, but a bucket needs time to answer",
+            ));
+        }
+        if config.bounds.bypass_min.is_zero() || config.bounds.bypass_min > config.bounds.bypass_max {
+            return Err(Error::invalid(
+                "kv.object_bypass_min",
+                format!(
+                    "kv.object_bypass_min is {}, but must be more than 0 and at most kv.object_bypass_max, which is {}",
+                    self.object_bypass_min, self.object_bypass_max
+                ),
+            ));
+        }
+        Ok(config.check_url()?)
     }
 
     fn validate_disk(&self) -> Result<(), Error> {
@@ -298,6 +368,7 @@ impl KvSettings {
 
     pub(super) fn validate(&self) -> Result<(), Error> {
         self.validate_disk()?;
+        self.validate_objects()?;
         if self.memory.0 == 0 {
             return Err(Error::invalid(
                 "kv.memory",

@@ -99,6 +99,7 @@ impl Pins {
         let pin_id = open.next_id;
         open.next_id += 1;
         let pinned_blocks = blocks.len() as u64;
+        store.note_wanted(&chain[..blocks.len()]);
         let ttl = Duration::from_millis(request.ttl_ms).min(FOREVER);
         let pinned = Pinned {
             root,

@@ -1,3 +1,5 @@
+mod reads;
+
 use std::ptr::NonNull;
 use std::time::Duration;
 
