@@ -266,19 +266,22 @@ impl Policy for Returns {
                 self.begin(traits, now_ms)
             }
         };
-        let ghost = ghost.unwrap_or_default();
-        let mut turns = ghost.turns;
-        if let Some(run) = self.runs.get_mut(id) {
-            run.traits.turns = run.traits.turns.max(ghost.turns);
-            run.traits.gap_ms = run.traits.gap_ms.or(gap_ms);
-            turns = turns.max(run.traits.turns());
-        }
-        let past = Past {
+        let mut past = Past {
             run: id,
             depth: stored.depth,
-            uses: ghost.uses.saturating_add(1),
-            turns,
+            uses: 1,
+            turns: 0,
         };
+        if let Some(run) = self.runs.get_mut(id) {
+            if let Some(ghost) = ghost {
+                // Of what was evicted the deepest block says best how often and when the chain was used, as of what is held.
+                run.traits.turns = run.traits.turns.max(ghost.turns.saturating_add(1));
+                run.traits.gap_ms = gap_ms.or(run.traits.gap_ms);
+                run.traits.returned = stored.depth + 1;
+                past.uses = ghost.uses.saturating_add(1);
+            }
+            past.turns = run.traits.turns();
+        }
         self.join(id, stored.block, past);
     }
 
