@@ -32,9 +32,7 @@ const RUNS_MIN: usize = 1 << 16;
 /// A large pool's memory reaches further than its history must: a run or ghost per so many slots.
 const SLOTS_PER_GHOST: usize = 8;
 /// New runs between two fits of the model: often against the changes of a load, and rare against the work.
-const RUNS_PER_FIT: u32 = 256;
-/// A shared run is popular if it was used so many times more often than its chain was continued.
-const POPULAR: u16 = 8;
+const RUNS_PER_FIT: u32 = 64;
 /// A run is long if it has so many times the blocks of an average one.
 const LONG: f32 = 2.0;
 /// Weight of the newest run in the average of their lengths.
@@ -255,9 +253,17 @@ impl Policy for Returns {
         let ghost = self.ghosts.remove(&fingerprint(stored.hash));
         let gap_ms = ghost.and_then(|ghost| self.leave(ghost.run, now_ms));
         let open = stored.parent.and_then(|parent| {
-            let id = self.past(parent).run;
-            let run = self.runs.get(id)?;
-            (run.end == Some(parent) && run.traits.kind == UseKind::Own).then_some(id)
+            let past = self.past(parent);
+            let run = self.runs.get_mut(past.run)?;
+            if run.end != Some(parent) || run.traits.kind != UseKind::Own {
+                return None;
+            }
+            if ghost.is_none() && past.uses > 1 {
+                // All that was used before has come: whether others share it is known by its end.
+                run.traits.kind = UseKind::of(past.uses, past.turns.saturating_add(1));
+                run.cell = run.traits.cell();
+            }
+            (run.traits.kind == UseKind::Own).then_some(past.run)
         });
         let id = match open {
             Some(open) => open,
@@ -273,14 +279,15 @@ impl Policy for Returns {
             turns: 0,
         };
         if let Some(run) = self.runs.get_mut(id) {
+            past.turns = run.traits.turns();
             if let Some(ghost) = ghost {
                 // Of what was evicted the deepest block says best how often and when the chain was used, as of what is held.
-                run.traits.turns = run.traits.turns.max(ghost.turns.saturating_add(1));
+                run.traits.turns = ghost.turns.saturating_add(1);
                 run.traits.gap_ms = gap_ms.or(run.traits.gap_ms);
                 run.traits.returned = stored.depth + 1;
                 past.uses = ghost.uses.saturating_add(1);
+                past.turns = ghost.turns;
             }
-            past.turns = run.traits.turns();
         }
         self.join(id, stored.block, past);
     }
@@ -297,11 +304,7 @@ impl Policy for Returns {
             let mut past = self.past(*block);
             let gap_ms = self.leave(past.run, now_ms);
             past.uses = past.uses.saturating_add(1);
-            let kind = match past.uses {
-                many if many / POPULAR > turns => UseKind::Popular,
-                some if some > turns.saturating_add(1) => UseKind::Shared,
-                _ => UseKind::Own,
-            };
+            let kind = UseKind::of(past.uses, turns);
             let id = match open {
                 Some((id, same)) if same == kind => id,
                 _ => {

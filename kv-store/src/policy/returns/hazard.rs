@@ -21,11 +21,13 @@ const OCTAVES: usize = BUCKETS / 2;
 /// Where the second bucket begins. The last one begins after six days.
 const FIRST_BUCKET_MS: f64 = 250.0;
 
-const USE_KINDS: usize = 4;
 const TURNS: usize = 7;
+const SHARES: usize = 7;
+/// Turns of what one chain uses, uses of what several do, ends.
+const KINDS: usize = TURNS + SHARES + 1;
 const GROWTHS: usize = 6;
 const GAPS: usize = 11;
-const CELLS: usize = USE_KINDS * TURNS * GROWTHS * GAPS;
+const CELLS: usize = KINDS * GROWTHS * GAPS;
 
 /// Counted at a time: chance to return in one bucket before anything is known, and how many blocks it stands for.
 const PRIOR_CHANCE: f32 = 0.02;
@@ -39,7 +41,7 @@ const FIT_ROUNDS: usize = 2;
 /// No bucket is certain.
 const CHANCE_MAX: f32 = 0.9;
 /// What is left of a count at the next fit.
-const FADE: f32 = 0.98;
+const FADE: f32 = 0.995;
 /// Less than this is nothing.
 const COUNT_MIN: f32 = 0.01;
 
@@ -49,12 +51,21 @@ pub(super) enum UseKind {
     /// Used by one chain only.
     #[default]
     Own,
-    /// Used by several chains: a prompt or document that they share.
-    Shared,
-    /// Used by many.
-    Popular,
+    /// Used by several chains, a prompt or document that they share: with the octave of its uses.
+    Shared(u8),
     /// The end of what a request used.
     End,
+}
+
+impl UseKind {
+    /// Of blocks that were used so often, in a chain that was continued so often.
+    pub(super) fn of(uses: u16, turns: u16) -> Self {
+        if uses > turns.saturating_add(1) {
+            Self::Shared((uses.ilog2() as u8).min(SHARES as u8) - 1)
+        } else {
+            Self::Own
+        }
+    }
 }
 
 /// What the chance to return depends on, besides the time waited.
@@ -88,11 +99,15 @@ impl Traits {
     }
 
     pub(super) fn cell(&self) -> Cell {
-        let turns = match self.turns() {
-            few @ 0..=3 => usize::from(few),
-            4..=5 => 4,
-            6..=8 => 5,
-            _ => 6,
+        let kind = match self.kind {
+            UseKind::Own => match self.turns() {
+                few @ 0..=3 => usize::from(few),
+                4..=5 => 4,
+                6..=8 => 5,
+                _ => 6,
+            },
+            UseKind::Shared(octave) => TURNS + usize::from(octave),
+            UseKind::End => TURNS + SHARES,
         };
         let new = self.blocks.saturating_sub(self.returned);
         let growth = match f64::from(new) / f64::from(self.blocks.max(1)) {
@@ -107,7 +122,7 @@ impl Traits {
             // Octaves from one second on.
             Some(gap_ms) => (1 + (gap_ms / 1000).max(1).ilog2() as usize).min(GAPS - 1),
         };
-        let cell = ((self.kind as usize * TURNS + turns) * GROWTHS + growth) * GAPS + gap;
+        let cell = (kind * GROWTHS + growth) * GAPS + gap;
         Cell(u16::try_from(cell).expect("there are fewer than 2^16 cells"))
     }
 }
@@ -290,5 +305,5 @@ fn no_worths() -> Vec<OnceCell<Box<[f32; BUCKETS]>>> {
 }
 
 fn no_factors() -> [Factors; 3] {
-    [USE_KINDS * TURNS, GROWTHS, GAPS].map(|levels| vec![[1.0; OCTAVES]; levels])
+    [KINDS, GROWTHS, GAPS].map(|levels| vec![[1.0; OCTAVES]; levels])
 }
