@@ -10,7 +10,7 @@ USES_UCX := package(transfer) | package(ucx-sys) | binary(conversation) | binary
 
 export PERIGEE_MODEL ?= $(CURDIR)/$(MODEL)
 
-.PHONY: demo test bench bench-transfer bench-store bench-eviction bench-cooperative lint format build setup setup-test clean help
+.PHONY: demo test bench bench-transfer bench-store bench-eviction bench-table bench-cooperative lint format build setup setup-test clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ bench-cooperative: ## Simulate pools that hold blocks for each other, over TRACE
 
 bench-eviction: setup ## Replay traces against every eviction policy and the optimum; writes docs/eviction.md
 	python3 scripts/bench_eviction.py $(BENCH)
+
+bench-table: setup ## Measure lookups in a full block table, and what holds its lock; writes docs/eviction.md
+	python3 scripts/bench_table.py
 
 lint: setup ## Formatting, clippy, documentation, dependency rules
 	$(CARGO) fmt --all --check

@@ -4,8 +4,7 @@
 //! `table_bench`. `scripts/bench_table.py` puts what it prints into docs/eviction.md. Wants two idle cores.
 
 use std::hint::black_box;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use kv_store::Eviction;
@@ -60,8 +59,8 @@ impl Filled {
     fn keys(&self) -> Vec<BlockHash> {
         let half = self.chains / 2;
         let mut keys: Vec<BlockHash> = (half / 2..half + half / 2).flat_map(chain).collect();
-        // Digests are uniform, so their order is none.
-        keys.sort_unstable_by_key(|key| key.0);
+        // Digests are uniform, so their order is none; the half that the index does not look at sees to that.
+        keys.sort_unstable_by_key(|key| u128::from_le_bytes(key.0));
         keys
     }
 }
@@ -134,22 +133,25 @@ fn main() {
     for batch in [1, BATCH] {
         lookups("alone", table, &keys, batch);
     }
-    let done = AtomicBool::new(false);
+    let (done, until_done) = mpsc::channel();
     let mut holds = Vec::new();
     std::thread::scope(|scope| {
-        scope.spawn(|| {
+        let holds = &mut holds;
+        let chains = filled.chains;
+        scope.spawn(move || {
             let (begun, mut stored) = (Instant::now(), 0);
-            while !done.load(Ordering::Relaxed) {
-                store(table, filled.chains + stored, &mut holds);
+            let mut wait = Duration::ZERO;
+            while until_done.recv_timeout(wait).is_err() {
+                store(table, chains + stored, holds);
                 stored += 1;
                 let next = begun + Duration::from_secs(1) * stored / CHAINS_PER_SECOND;
-                std::thread::sleep(next.saturating_duration_since(Instant::now()));
+                wait = next.saturating_duration_since(Instant::now());
             }
         });
         for batch in [1, BATCH] {
             lookups("while blocks are evicted", table, &keys, batch);
         }
-        done.store(true, Ordering::Relaxed);
+        done.send(()).expect("the thread waits for this");
     });
 
     println!("\n| holds the lock | worst µs |\n|---|---|");

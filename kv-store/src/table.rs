@@ -263,18 +263,23 @@ impl BlockTable {
 
     /// Everything that is held, as of now. Sorting is left to [`SnapshotDraft::finish`], outside of any lock.
     pub fn snapshot(&self) -> SnapshotDraft {
-        let blocks = self.by_hash.values().map(|block| {
-            let cached = self.cached(*block);
+        // In the order of memory: looking blocks up would hold the lock several times as long.
+        let held = self.slots.iter().filter_map(|slot| {
+            let SlotState::Cached(cached) = &slot.state else {
+                return None;
+            };
             let listed = SnapshotBlock {
                 hash: cached.hash,
                 parent: cached.parent_hash,
                 tier: TIER,
             };
-            (cached.stored_at, listed)
+            Some((cached.stored_at, listed))
         });
+        let mut blocks = Vec::with_capacity(self.by_hash.len());
+        blocks.extend(held.chain(self.on_disk_only()));
         SnapshotDraft {
             sequence: self.log.last(),
-            blocks: blocks.chain(self.on_disk_only()).collect(),
+            blocks,
         }
     }
 

@@ -3,7 +3,7 @@
 //! What one request used together returns together, with the next turn of a conversation, or never. So the unit is the
 //! run: the piece of a chain that a request found and stored. When and whether runs return is learned from
 //! all of them, those that were evicted included (`hazard.rs`), by what can be known of a run: how often its chain was
-//! continued and how long ago before, how much of it is new, whether other chains share it. Runs are listed by these
+//! continued and how long ago before, how much of it is new, how often other chains share it. Runs are listed by these
 //! traits and by how long they have waited; all runs in one list are worth the same, and the victim is the
 //! last block of the oldest run in the list that is worth least.
 //!
@@ -17,7 +17,7 @@ use std::time::Instant;
 use types::{BlockHash, BlockId};
 
 use super::clock::Clock;
-use super::{Policy, Stored};
+use super::{Policy, Stored, fingerprint};
 use crate::digest::DigestBuild;
 
 mod hazard;
@@ -417,8 +417,5 @@ impl Policy for Returns {
     }
 }
 
-/// Half of a hash: a ghost that is taken for another one costs a wrong guess.
-fn fingerprint(hash: BlockHash) -> u64 {
-    let [a, b, c, d, e, f, g, h, ..] = hash.0;
-    u64::from_le_bytes([a, b, c, d, e, f, g, h])
-}
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use types::{BlockHash, BlockId};
 
-use super::{Policy, Stored};
+use super::{Policy, Stored, fingerprint};
 use crate::digest::DigestBuild;
 
 /// The share of the pool that the small queue may take, as in the paper.
@@ -41,8 +41,8 @@ pub(super) struct S3Fifo {
     small: BTreeSet<(u64, BlockId)>,
     main: BTreeSet<(u64, BlockId)>,
     /// What left the small queue, with the place of its last leaving: as many as the pool has slots.
-    ghosts: HashMap<BlockHash, u64, DigestBuild>,
-    ghost_order: VecDeque<(u64, BlockHash)>,
+    ghosts: HashMap<u64, u64, DigestBuild>,
+    ghost_order: VecDeque<(u64, u64)>,
 }
 
 impl S3Fifo {
@@ -92,14 +92,14 @@ impl S3Fifo {
     }
 
     fn remember(&mut self, hash: BlockHash) {
-        let place = self.place();
-        self.ghosts.insert(hash, place);
-        self.ghost_order.push_back((place, hash));
+        let (place, ghost) = (self.place(), fingerprint(hash));
+        self.ghosts.insert(ghost, place);
+        self.ghost_order.push_back((place, ghost));
         while self.ghost_order.len() > self.capacity {
-            if let Some((place, hash)) = self.ghost_order.pop_front()
-                && self.ghosts.get(&hash) == Some(&place)
+            if let Some((place, ghost)) = self.ghost_order.pop_front()
+                && self.ghosts.get(&ghost) == Some(&place)
             {
-                self.ghosts.remove(&hash);
+                self.ghosts.remove(&ghost);
             }
         }
     }
@@ -107,7 +107,7 @@ impl S3Fifo {
 
 impl Policy for S3Fifo {
     fn stored(&mut self, stored: Stored, _now: Instant) {
-        let queue = match self.ghosts.remove(&stored.hash) {
+        let queue = match self.ghosts.remove(&fingerprint(stored.hash)) {
             Some(_) => Queue::Main,
             None => Queue::Small,
         };
