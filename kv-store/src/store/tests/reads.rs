@@ -64,6 +64,7 @@ struct Counts {
 }
 
 impl Counts {
+    /// Those that had something to read.
     fn reads(&self) -> u64 {
         let Self {
             valid,
@@ -72,10 +73,10 @@ impl Counts {
             flipped_detected,
             fenced,
             broken,
-            missed,
+            missed: _,
             foreign,
         } = self;
-        valid + valid_after_expiry + reused_detected + flipped_detected + fenced + broken + missed + foreign
+        valid + valid_after_expiry + reused_detected + flipped_detected + fenced + broken + foreign
     }
 }
 
@@ -448,7 +449,7 @@ async fn a_million_reads_never_give_bytes_of_another_generation() {
         missed,
     ];
     assert!(!classes.contains(&0), "something never happened: {counts:?}");
-    assert!(valid > counts.reads() / 3, "most reads are good: {counts:?}");
+    assert!(valid > counts.reads() / 2, "most reads are good: {counts:?}");
 }
 
 /// The power of the simulation: without the check, many readers would have taken another block for theirs.
