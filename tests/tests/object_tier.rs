@@ -253,14 +253,14 @@ async fn a_prefix_outlives_every_node_that_held_it(#[case] kind: &str) {
         assert!(sum(&cluster, "read_bytes") > 0);
         assert_eq!((sum(&cluster, "errors"), sum(&cluster, "corruptions")), (0, 0));
     });
-    // Bytes that changed where they lay are found, computed again, and replaced.
+    // Bytes that changed where they lay are found, and computed again.
     place.change_all(|object| {
         let last = object.len() - 1;
         object[last] ^= 1;
     });
     tokio::task::block_in_place(|| {
         let cluster = place.cluster(&model);
-        let computed = keep(&cluster, &prompt);
+        let computed = generate(&cluster, &prompt);
         assert_eq!(computed["tokens"], expected["tokens"]);
         assert!(cached(&computed) < SEGMENT_TOKENS, "{computed}");
         assert!(sum(&cluster, "corruptions") > 0);
