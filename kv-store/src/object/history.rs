@@ -112,7 +112,7 @@ impl History {
     }
 
     /// The next segment to write. Say with [`History::wrote`] or [`History::gave_up`] what became of it.
-    pub fn next(&mut self) -> Option<Candidate> {
+    pub fn take_next(&mut self) -> Option<Candidate> {
         self.queue.pop_front()
     }
 

@@ -208,7 +208,7 @@ fn failed(store: &Store, objects: &Objects, name: BlockHash, error: &ObjectError
 /// Writes the segments that wait for it, one at a time: a segment is of use only after the one before it.
 pub(super) async fn write_waiting(store: &Store, objects: &Objects) {
     while objects.is_usable() {
-        let candidate = objects.history().next();
+        let candidate = objects.history().take_next();
         let Some(candidate) = candidate else {
             return;
         };

@@ -18,7 +18,7 @@ fn history(uses_min: u32) -> History {
 }
 
 fn names(history: &mut History) -> Vec<BlockHash> {
-    std::iter::from_fn(|| history.next())
+    std::iter::from_fn(|| history.take_next())
         .map(|next| next.name())
         .collect()
 }
@@ -45,9 +45,9 @@ fn a_candidate_names_the_segment_before_it() {
     let mut history = history(2);
     let chain = chain(1, 32);
     history.reused(&chain);
-    let first = history.next().unwrap();
+    let first = history.take_next().unwrap();
     assert_eq!((first.before, first.blocks.as_slice()), (None, &chain[..16]));
-    let second = history.next().unwrap();
+    let second = history.take_next().unwrap();
     assert_eq!(
         (second.before, second.blocks.as_slice()),
         (Some(chain[15]), &chain[16..])
@@ -69,16 +69,16 @@ fn what_is_in_the_bucket_is_not_written_again_and_what_failed_is_tried_at_its_ne
     let mut history = history(2);
     let chain = chain(1, 16);
     history.reused(&chain);
-    let candidate = history.next().unwrap();
+    let candidate = history.take_next().unwrap();
     history.reused(&chain);
-    assert_eq!(history.next(), None, "it is being written");
+    assert_eq!(history.take_next(), None, "it is being written");
     history.gave_up(&candidate);
-    assert_eq!(history.next(), None);
+    assert_eq!(history.take_next(), None);
     history.reused(&chain);
-    assert_eq!(history.next(), Some(candidate));
+    assert_eq!(history.take_next(), Some(candidate));
     history.wrote(chain[15]);
     history.reused(&chain);
-    assert_eq!(history.next(), None);
+    assert_eq!(history.take_next(), None);
     // Somebody has cleared the bucket.
     history.is_absent(chain[15], Instant::now());
     history.reused(&chain);
@@ -106,11 +106,11 @@ fn a_damaged_object_is_avoided_and_replaced() {
     history.is_damaged(chain[15], now);
     assert!(!history.may_be_stored(&chain[15], now));
     history.reused(&chain);
-    let candidate = history.next().unwrap();
+    let candidate = history.take_next().unwrap();
     assert!(candidate.replaces);
     history.gave_up(&candidate);
     history.reused(&chain);
-    assert!(history.next().unwrap().replaces, "still no good");
+    assert!(history.take_next().unwrap().replaces, "still no good");
 }
 
 #[test]

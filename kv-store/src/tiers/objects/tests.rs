@@ -27,6 +27,9 @@ use crate::testing::{
     BLOCK_TOKENS, assert_content, channels, compute, eventually, lonely_store, read, space, tokens, write,
 };
 
+/// What happens to an object in the bucket.
+type Change = Box<dyn Fn(&mut Vec<u8>)>;
+
 /// Tokens of one segment.
 const SEGMENT: usize = 16 * BLOCK_TOKENS;
 
@@ -250,17 +253,17 @@ async fn what_a_bucket_changed_is_never_believed_and_is_replaced_at_its_next_use
     let bytes = grid.object_bytes() as usize;
     let header = grid.header_bytes();
     // Magic, version, space, a hash, the header's checksum, the first and the last block; cut off, too long.
-    let changes: Vec<(usize, Box<dyn Fn(&mut Vec<u8>)>)> = [0, 8, 30, 41, header - 1, header, bytes - 1]
+    let changes: Vec<(usize, Change)> = [0, 8, 30, 41, header - 1, header, bytes - 1]
         .into_iter()
         .map(|at| {
             (
                 at,
-                Box::new(move |object: &mut Vec<u8>| object[at] ^= 0x10) as Box<_>,
+                Box::new(move |object: &mut Vec<u8>| object[at] ^= 0x10) as Change,
             )
         })
         .chain([
-            (0, Box::new(|object: &mut Vec<u8>| object.truncate(100)) as Box<_>),
-            (0, Box::new(|object: &mut Vec<u8>| object.push(0)) as Box<_>),
+            (0, Box::new(|object: &mut Vec<u8>| object.truncate(100)) as Change),
+            (0, Box::new(|object: &mut Vec<u8>| object.push(0)) as Change),
         ])
         .collect();
     for (at, change) in changes {
