@@ -6,6 +6,7 @@
 mod file;
 mod flags;
 mod prompt;
+mod tenants;
 
 use std::io::{BufRead, IsTerminal};
 use std::time::Duration;
@@ -76,6 +77,7 @@ async fn stats(members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
                     "errors": tier.errors,
                     "corruptions": tier.corruptions,
                 })),
+                "tenants": tenants::to_json(stats),
             })
         });
         return output::print_json(&json!({ "nodes": nodes.collect::<Vec<_>>() }));
@@ -122,7 +124,8 @@ async fn stats(members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
             },
         ]);
     }
-    Ok(output::print_table(&table)?)
+    output::print_table(&table)?;
+    tenants::print(&answers)
 }
 
 async fn top(flags: &TopArgs, members: &[NodeRecord], format: Format) -> anyhow::Result<()> {

@@ -5,6 +5,7 @@
 
 mod reference;
 mod sections;
+mod tenants;
 mod transfer;
 
 use anyhow::bail;
@@ -122,6 +123,7 @@ impl Settings {
         self.node.validate()?;
         self.kv.validate()?;
         self.transfer.validate()?;
+        self.store.validate()?;
         self.router
             .validate()
             .map_err(|error| Error::invalid("router", error.to_string()))?;

@@ -182,7 +182,7 @@ impl Cache {
         let now = crate::store::now();
         let room = self.taker().room(now).min(PRICE_BLOCKS_MAX);
         let (held, price) = {
-            let table = self.inner.store.table();
+            let mut table = self.inner.store.table();
             let held: Vec<usize> = chains.iter().map(|chain| table.match_len(chain)).collect();
             (held, table.price(room, self.margin(), now))
         };

@@ -1,5 +1,7 @@
 //! What can be set of a store, with the defaults and their reasons.
 
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use crate::policy::Eviction;
@@ -45,6 +47,29 @@ pub struct Config {
     pub pins_max: usize,
     /// Bytes per second that are verified in the background; 0 verifies none.
     pub scrub_bytes_per_second: u64,
+    /// Bytes of blocks that a tenant may have in the pool, unless `tenants` says otherwise; 0 is no bound.
+    pub tenant_bytes_max: u64,
+    /// Limits of single tenants, by name; the empty one is what has no tenant.
+    pub tenants: BTreeMap<String, TenantConfig>,
+}
+
+/// What one tenant may have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TenantConfig {
+    /// Bytes of its blocks in the pool; `None` is [`Config::tenant_bytes_max`], 0 is no bound.
+    pub bytes_max: Option<u64>,
+    /// Its part of the pool when memory is short, beside the weights of the other tenants with blocks.
+    pub weight: NonZeroU32,
+}
+
+impl Default for TenantConfig {
+    fn default() -> Self {
+        Self {
+            bytes_max: None,
+            // Tenants that nobody wrote anything about weigh as much.
+            weight: NonZeroU32::MIN,
+        }
+    }
 }
 
 impl Default for Config {
@@ -88,6 +113,9 @@ impl Default for Config {
             pins_max: 256,
             // A pool of 64 GiB in about an hour, for less than 1 % of a core.
             scrub_bytes_per_second: 16 << 20,
+            // A pool that others leave unused is better filled; shares keep them apart when it is short.
+            tenant_bytes_max: 0,
+            tenants: BTreeMap::new(),
         }
     }
 }

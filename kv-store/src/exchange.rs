@@ -135,7 +135,7 @@ impl Exchange {
         let store = self.cache.store();
         let now = crate::store::now();
         let candidates: Vec<Candidate> = {
-            let table = store.table();
+            let mut table = store.table();
             let coldest = table.coldest(CANDIDATES_MAX, now);
             let paths = coldest.iter().filter_map(|victim| {
                 let path = table.path(victim.hash)?;

@@ -52,14 +52,14 @@ mod tiers;
 pub mod transfers;
 
 pub use cache::Cache;
-pub use config::Config;
+pub use config::{Config, TenantConfig};
 pub use exchange::Exchange;
 pub use fetch::{Fetch, FetchOutcome, Source, fetch_prefix, promote_prefix};
 pub use follower::Follower;
 pub use policy::Eviction;
 pub use sequence::SequenceBlocks;
 pub use service::Service;
-pub use store::{BlockPin, Corrupt, Grant, OwnedBlock, Stats, Store, StoreError};
+pub use store::{BlockPin, Corrupt, Grant, OwnedBlock, Stats, Store, StoreError, Tenant};
 pub use table::{OutOfBlocks, Victim};
 
 #[cfg(test)]

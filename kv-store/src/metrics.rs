@@ -10,9 +10,11 @@ use crate::table::Counts;
 
 mod disk;
 mod object;
+mod tenants;
 
 pub(crate) use disk::DiskMetrics;
 pub(crate) use object::ObjectMetrics;
+pub(crate) use tenants::TenantMetrics;
 
 /// The metrics of one store. Every slot of the pool is in exactly one of the states.
 #[derive(Debug)]
@@ -34,6 +36,7 @@ pub(crate) struct Metrics {
     pub(crate) watch_snapshots: Counter,
     pub(crate) disk: DiskMetrics,
     pub(crate) object: ObjectMetrics,
+    pub(crate) tenants: TenantMetrics,
     pub(crate) quarantined: Gauge,
     pub(crate) scrubbed_bytes: Counter,
     pub(crate) offered_blocks: Counter,
@@ -130,6 +133,7 @@ impl Metrics {
             dropped,
             disk: DiskMetrics::register(metrics),
             object: ObjectMetrics::register(metrics),
+            tenants: TenantMetrics::register(metrics),
         }
     }
 

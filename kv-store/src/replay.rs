@@ -93,7 +93,7 @@ fn serve(table: &mut BlockTable, chain: &[BlockHash], now: Instant) -> usize {
                 table.free(block);
                 pinned.push(duplicate.block);
             }
-            Committed::Orphan => {
+            Committed::Orphan | Committed::OverQuota => {
                 table.free(block);
                 break;
             }

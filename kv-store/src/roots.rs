@@ -56,6 +56,11 @@ impl Roots {
         root
     }
 
+    /// The tenants that requests have named, with their roots.
+    pub(crate) fn tenants(&self) -> impl Iterator<Item = (&str, BlockHash)> {
+        self.by_tenant.iter().map(|(tenant, root)| (&**tenant, *root))
+    }
+
     /// Takes a peer's word that this is the root of some tenant's space. Blocks below it are found by who knows their hashes, as
     /// all others: a wrong word makes no block readable.
     pub(crate) fn learn(&mut self, root: BlockHash) {

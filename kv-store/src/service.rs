@@ -20,7 +20,7 @@ use types::{BlockHash, Error, ErrorCode, LeaseId};
 
 use crate::expiring::Full;
 use crate::fetch::promote_prefix;
-use crate::store::{self, BlockPin, Store};
+use crate::store::{self, BlockPin, Store, Tenant};
 use crate::table::Purpose;
 
 mod calls;
@@ -187,6 +187,7 @@ impl Service {
             corruptions: stats.corruptions,
             log_sequence: stats.log_sequence,
             object_tier: self.store.object_stats(),
+            tenants: self.store.tenants().into_iter().map(tenant_to_wire).collect(),
         }
     }
 }
@@ -290,6 +291,23 @@ pub(crate) fn expiry(ttl_ms: u64, ttl_max: Duration) -> Result<std::time::Instan
 fn too_many(what: &str, full: Full, retry: Duration) -> Error {
     let retry_ms = u64::try_from(retry.as_millis()).unwrap_or(u64::MAX);
     Error::overloaded(format!("{what}: {full}"), retry_ms)
+}
+
+fn tenant_to_wire(tenant: Tenant) -> v1::TenantStats {
+    let Tenant {
+        root,
+        name,
+        cached_blocks,
+        blocks_max,
+        weight,
+    } = tenant;
+    v1::TenantStats {
+        root: root.map_or_else(Vec::new, |root| root.0.to_vec()),
+        name,
+        cached_blocks: cached_blocks as u64,
+        blocks_max: blocks_max.map(|blocks| blocks as u64),
+        weight,
+    }
 }
 
 pub(crate) fn region_to_wire(region: &RemoteRegion) -> v1::RemoteRegion {

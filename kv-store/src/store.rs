@@ -35,10 +35,12 @@ use crate::table::{BlockTable, Committed, Counts, OutOfBlocks, Parent, TableLimi
 mod grant;
 mod guard;
 mod health;
+mod tenants;
 mod verify;
 
 pub use grant::Grant;
 pub use guard::{BlockPin, OwnedBlock};
+pub use tenants::Tenant;
 pub use verify::Corrupt;
 
 /// A node's blocks. Clones are handles of the same store.
@@ -185,7 +187,7 @@ impl Store {
         }
         let region = transport.register(memory.clone())?;
         let exposed = transport.expose_read(region)?;
-        let table = BlockTable::new(TableLimits {
+        let mut table = BlockTable::new(TableLimits {
             capacity,
             log_entries_max: config.log_entries_max,
             leases_max: config.leases_max,
@@ -193,6 +195,7 @@ impl Store {
             first_lease: epoch.0,
             eviction: config.eviction,
         });
+        table.limit_tenants(tenants::limits(&config, &space));
         let metrics = Metrics::register(metrics);
         metrics.set_counts(table.counts());
         Ok(Self {
@@ -368,8 +371,9 @@ impl Store {
     /// Makes a complete block available under its hash. Nobody may write it any more, not even the caller.
     ///
     /// If the hash is held already, the result is a pin of that block (the bytes are the same) and the slot
-    /// given is freed: see [`BlockPin::block`] for the block to use. If the parent is neither held nor a root,
-    /// the block cannot be cached: the result is a private pin ([`BlockPin::is_private`]) of the slot given.
+    /// given is freed: see [`BlockPin::block`] for the block to use. If the parent is neither held nor a root, or if the
+    /// tenant uses all of its quota, the block cannot be cached: the result is a private pin
+    /// ([`BlockPin::is_private`]) of the slot given.
     pub fn commit(&self, block: OwnedBlock, parent: BlockHash, hash: BlockHash) -> BlockPin {
         let (pin, _displaced) = self.commit_keeping(block, parent, hash);
         pin
@@ -468,9 +472,11 @@ impl Store {
     pub(crate) fn with_table<R>(&self, change: impl FnOnce(&mut BlockTable) -> R) -> R {
         let mut table = self.table();
         let (evicted, left_disk) = (table.evictions(), table.disk().evictions());
+        let limited = table.tenant_events();
         let result = change(&mut table);
         // Inside the lock, so that gauges never go back to older counts.
         self.inner.metrics.set_counts(table.counts());
+        self.inner.metrics.tenants.add(limited, table.tenant_events());
         self.inner.metrics.disk.set_counts(table.disk());
         let evicted = table.evictions() - evicted;
         let left_disk = table.disk().evictions() - left_disk;
@@ -505,7 +511,7 @@ impl Store {
                 (BlockPin::cached(self.clone(), descriptor), None)
             }
             Committed::Duplicate(descriptor) => (BlockPin::cached(self.clone(), descriptor), Some(block)),
-            Committed::Orphan => {
+            Committed::Orphan | Committed::OverQuota => {
                 let descriptor = BlockDescriptor {
                     hash,
                     block: block.block(),

@@ -4,6 +4,7 @@
 //! - A slot is `Free`, `Owned` by one writer, or `Cached`: complete, named by its hash and never written again.
 //! - A cached block's parent is cached too, or is the root of a space. So blocks are evicted leaves first, and how
 //!   much of a prefix is held is always a leading run.
+//! - No tenant has more blocks cached than its quota allows.
 //! - A block is evicted only while nobody pins it. Leases are pins that end by themselves; they bound
 //!   memory, and no reader's safety rests on their clock.
 //! - Every change of what is held is in the log before the call returns.
@@ -12,7 +13,8 @@
 //! Misuse by a caller (unpinning what is not pinned, freeing what it does not own) is a defect that would lead
 //! to shared memory being overwritten, so it panics.
 //!
-//! Elsewhere: which leaf is evicted (`policy.rs`), guards that make misuse impossible (`store.rs`), remote writers (`put.rs`), bytes (`transfer`).
+//! Elsewhere: whose block is evicted (`eviction.rs`) and which (`policy.rs` of the crate), guards that make misuse impossible
+//! (`store.rs`), remote writers (`put.rs`), bytes (`transfer`).
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -25,14 +27,19 @@ use crate::expiring::Expiring;
 use crate::log::{Log, Snapshot, SnapshotBlock};
 use crate::policy::{Eviction, Policy, Stored};
 
+mod eviction;
 mod integrity;
 mod leases;
 mod moves;
+mod tenants;
 mod tiers;
 
-pub use moves::{Path, Ranked, Victim};
-
+pub use eviction::Victim;
+pub use moves::{Path, Ranked};
+pub use tenants::{ACCOUNTS_MAX, LIMITED_MAX, TenantEvents, TenantLimit, TenantLimits, TenantUsage};
 pub use tiers::Offload;
+
+use tenants::{TenantId, Tenants};
 
 /// Where every block of this table's slots lies. The pool is host memory; the disk below it has its own slots.
 const TIER: Tier = Tier::Host;
@@ -46,6 +53,7 @@ pub struct BlockTable {
     by_hash: HashMap<BlockHash, BlockId, DigestBuild>,
     /// Chooses among cached blocks without pins and without children.
     policy: Box<dyn Policy>,
+    tenants: Tenants,
     owned: usize,
     pinned: usize,
     /// Cached blocks that neither are pinned nor have a pinned descendant: all of them could be evicted.
@@ -109,6 +117,8 @@ pub enum Committed {
     Duplicate(BlockDescriptor),
     /// The parent is not held, so the block cannot be found by its prefix. The caller still owns its slot.
     Orphan,
+    /// Its tenant is at its quota and uses all of it. The caller still owns its slot.
+    OverQuota,
 }
 
 /// What comes before a block.
@@ -181,6 +191,8 @@ struct Cached {
     depth: u32,
     /// Number of the log entry that announced it. Parents have lower ones than their children.
     stored_at: u64,
+    /// Whose it is.
+    tenant: TenantId,
 }
 
 impl Cached {
@@ -215,6 +227,7 @@ impl BlockTable {
             free: ids.rev().collect(),
             by_hash: HashMap::default(),
             policy: eviction.policy(capacity),
+            tenants: Tenants::new(TenantLimits::default()),
             owned: 0,
             pinned: 0,
             reclaimable: 0,
@@ -361,16 +374,9 @@ impl BlockTable {
                 None => return Committed::Orphan,
             },
         };
-        let mut depth = 0;
-        if let Some(parent) = parent {
-            let cached = self.cached_mut(parent);
-            let was_evictable = cached.is_evictable();
-            cached.children += 1;
-            depth = cached.depth + 1;
-            if was_evictable {
-                self.policy.unevictable(parent);
-            }
-        }
+        let Some((tenant, depth)) = self.make_place(parent_hash, parent, now) else {
+            return Committed::OverQuota;
+        };
         let stored_at = self.announce_stored(hash, parent_hash);
         self.slot_mut(block).state = SlotState::Cached(Cached {
             hash,
@@ -382,10 +388,12 @@ impl BlockTable {
             held_children: 0,
             depth,
             stored_at,
+            tenant,
         });
         self.by_hash.insert(hash, block);
         self.owned -= 1;
         self.pinned += 1;
+        self.tenants.stored(tenant);
         if let Some(parent) = parent {
             self.hold_from(parent);
         }
@@ -399,6 +407,51 @@ impl BlockTable {
             now,
         );
         Committed::Stored(self.describe(block))
+    }
+
+    /// Gives a block a place after its parent and within its tenant's quota: says whose it is, and its depth.
+    fn make_place(
+        &mut self,
+        root: BlockHash,
+        parent: Option<BlockId>,
+        now: Instant,
+    ) -> Option<(TenantId, u32)> {
+        let (tenant, depth) = match parent {
+            None => (self.tenants.of_root(root), 0),
+            Some(parent) => {
+                let cached = self.cached_mut(parent);
+                let was_evictable = cached.is_evictable();
+                cached.children += 1;
+                let place = (cached.tenant, cached.depth + 1);
+                // Before anything is evicted: the parent must stay.
+                if was_evictable {
+                    self.keep_from_eviction(parent);
+                }
+                place
+            }
+        };
+        if !self.tenants.is_full(tenant) {
+            return Some((tenant, depth));
+        }
+        if self.evict_own(tenant, now) {
+            // The account was closed if that was its last block.
+            let tenant = if parent.is_none() {
+                self.tenants.of_root(root)
+            } else {
+                tenant
+            };
+            return Some((tenant, depth));
+        }
+        self.tenants.events.refused += 1;
+        self.tenants.close_if_empty(tenant);
+        if let Some(parent) = parent {
+            let cached = self.cached_mut(parent);
+            cached.children -= 1;
+            if cached.is_evictable() {
+                self.let_be_evicted(parent, now);
+            }
+        }
+        None
     }
 
     /// Ends one pin of a block that a request used. The end of a use is a use.
@@ -427,7 +480,7 @@ impl BlockTable {
             self.policy.unpinned(block, now);
         }
         if evictable {
-            self.policy.evictable(block, now);
+            self.let_be_evicted(block, now);
         }
         if !held {
             self.let_go(block);
@@ -447,7 +500,7 @@ impl BlockTable {
             self.pinned += 1;
         }
         if was_evictable {
-            self.policy.unevictable(block);
+            self.keep_from_eviction(block);
         }
         if !was_held {
             self.reclaimable -= 1;
@@ -487,38 +540,6 @@ impl BlockTable {
                 return;
             }
             block = parent;
-        }
-    }
-
-    fn evict_one(&mut self, now: Instant) {
-        let block = self
-            .policy
-            .victim(now)
-            .expect("where a block is reclaimable, one of its descendants is an evictable leaf");
-        self.remove_leaf(block, now);
-        self.evictions += 1;
-    }
-
-    /// Lets go of a cached block that is evictable. Its parent may be the next one.
-    fn remove_leaf(&mut self, block: BlockId, now: Instant) {
-        let cached = self.cached(block);
-        let (hash, parent) = (cached.hash, cached.parent);
-        assert!(
-            cached.is_evictable(),
-            "the policy chose block {block}, which is in use"
-        );
-        self.policy.evicted(block, hash, now);
-        self.by_hash.remove(&hash);
-        self.slot_mut(block).state = SlotState::Free;
-        self.free.push(block);
-        self.reclaimable -= 1;
-        self.announce_dropped(hash);
-        if let Some(parent) = parent {
-            let cached = self.cached_mut(parent);
-            cached.children -= 1;
-            if cached.is_evictable() {
-                self.policy.evictable(parent, now);
-            }
         }
     }
 

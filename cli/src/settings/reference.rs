@@ -368,6 +368,16 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
                 "scrub_bytes_per_second",
                 "Bytes per second verified in the background; 0 verifies none.",
             ),
+            (
+                "tenant_bytes_max",
+                "Bytes of blocks that a tenant may have in a node's pool; 0 is no bound.",
+            ),
+            (
+                "tenants",
+                "A section for each tenant with limits of its own: `[store.tenants.NAME]` with `bytes_max = \"1GiB\"` (0 is no \
+                bound, nothing is that of all) and `weight = 2`, its part of the pool when memory is short (1 for all others); \
+                `NAME` is `\"\"` for requests without a tenant.",
+            ),
         ],
     ),
     (

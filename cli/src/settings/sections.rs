@@ -1,5 +1,6 @@
 //! The sections of the configuration, each with its conversion into what the role takes.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
 use std::path::Path;
@@ -13,6 +14,8 @@ use node::telemetry;
 use serde::{Deserialize, Serialize};
 use transfer::memory::HugePages;
 use types::{Error, NodeId};
+
+use super::tenants::TenantSettings;
 
 /// More threads than a disk has use for would only hold memory.
 const DISK_THREADS_MAX: usize = 256;
@@ -424,15 +427,18 @@ macro_rules! section {
     (@type size) => { ByteSize };
     (@type bytes) => { ByteSize };
     (@type policy) => { kv_store::Eviction };
+    (@type tenants) => { BTreeMap<String, TenantSettings> };
     (@raw count, $value:expr) => { $value };
     (@raw time, $value:expr) => { Duration::from($value) };
     (@raw size, $value:expr) => { ByteSize($value) };
     (@raw policy, $value:expr) => { $value };
+    (@raw tenants, $value:expr) => { TenantSettings::of_all($value) };
     (@raw bytes, $value:expr) => { ByteSize($value as u64) };
     (@config count, $value:expr) => { $value };
     (@config time, $value:expr) => { $value.get() };
     (@config size, $value:expr) => { $value.0 };
     (@config policy, $value:expr) => { $value };
+    (@config tenants, $value:expr) => { TenantSettings::config_of_all(&$value) };
     (@config bytes, $value:expr) => { usize::try_from($value.0).unwrap_or(usize::MAX) };
 }
 
@@ -497,5 +503,7 @@ section! {
         handover_timeout: time,
         pins_max: count,
         scrub_bytes_per_second: size,
+        tenant_bytes_max: size,
+        tenants: tenants,
     }
 }

@@ -153,13 +153,12 @@ impl Landing {
         let blocks = Arc::into_inner(self.blocks);
         let blocks =
             blocks.ok_or_else(|| Error::new(ErrorCode::Internal, "the blocks are still being written"))?;
-        let held_blocks = blocks.len();
         let checksums: Vec<_> = self.checksums.into_iter().map(Checksum).collect();
         let promised = self.hashes.iter().copied().zip(checksums);
         let written: Vec<_> = blocks.into_iter().zip(promised).collect();
         verify(&self.store, &written, &seen).await?;
         let _before = self.store.await_parent(self.parent, self.parent_wait).await?;
-        publish(&self.store, written, self.parent);
+        let held_blocks = publish(&self.store, written, self.parent);
         Ok(encode(put_reply(held_blocks)))
     }
 }

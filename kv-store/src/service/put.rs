@@ -13,6 +13,9 @@ use super::{region_to_wire, too_many};
 use crate::expiring::Expiring;
 use crate::store::{BlockPin, Corrupt, Grant, OwnedBlock, Store};
 
+/// When a writer whose tenant uses all of its quota may try again: readers' leases end, and sequences.
+const QUOTA_RETRY_MS: u64 = 1000;
+
 /// The reservations that are open.
 #[derive(Debug)]
 pub(super) struct Puts {
@@ -109,9 +112,15 @@ impl Puts {
             .zip(hashes.into_iter().zip(checksums))
             .collect();
         verify(store, &written, &[]).await?;
-        publish(store, written, parent);
+        let written_blocks = written.len();
+        let kept = publish(store, written, parent);
         // Only now may what comes before be evicted.
         drop(before);
+        if kept < written_blocks && !store.is_quarantined() {
+            let message =
+                format!("{kept} of {written_blocks} blocks were cached: their tenant uses all of its quota");
+            return Err(Error::overloaded(message, QUOTA_RETRY_MS));
+        }
         Ok(())
     }
 
@@ -167,13 +176,14 @@ pub(super) async fn verify(store: &Store, written: &[Written], seen: &[Checksum]
     Ok(())
 }
 
-/// Makes verified blocks, which follow each other, available under their hashes. Those before must be pinned.
-pub(super) fn publish(store: &Store, written: Vec<Written>, mut parent: BlockHash) {
+/// Makes verified blocks, which follow each other, available under their hashes. Those before must be pinned. Returns how many
+/// were cached: the others find no parent, or no place within their tenant's quota.
+pub(super) fn publish(store: &Store, written: Vec<Written>, mut parent: BlockHash) -> usize {
     let mut published = Vec::new();
     for (block, (hash, checksum)) in written {
         published.push(store.commit_verified(block, parent, hash, checksum));
         parent = hash;
     }
     // Only now may any of them be evicted.
-    drop(published);
+    published.iter().filter(|pin| !pin.is_private()).count()
 }

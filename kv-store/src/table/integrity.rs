@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use types::BlockId;
 
+use super::tenants::Owned;
 use super::{BlockTable, Cached, SlotState};
 
 impl BlockTable {
@@ -42,19 +43,32 @@ impl BlockTable {
                 children().filter(|child| child.is_held()).count()
             );
             let listed = self.policy.is_evictable(*block);
-            assert_eq!(listed, one.is_evictable(), "block {block}");
+            let shelved = self.tenants.is_shelved(*block);
+            assert_eq!(listed ^ shelved, one.is_evictable(), "block {block}");
             let above = one.parent.and_then(|parent| cached.get(&parent));
             assert_eq!(one.depth, above.map_or(0, |above| above.depth + 1));
             if let Some(parent) = one.parent {
                 let parent = cached.get(&parent).expect("a cached block's parent is cached");
                 assert_eq!(parent.hash, one.parent_hash);
                 assert!(parent.stored_at < one.stored_at);
+                assert_eq!(parent.tenant, one.tenant);
             }
         }
         let evictable = cached.values().filter(|one| one.is_evictable()).count();
         let listed = self.policy.coldest(usize::MAX);
-        assert_eq!(listed.len(), evictable);
+        let shelved = cached.keys().filter(|block| self.tenants.is_shelved(**block));
+        assert_eq!(listed.len() + shelved.count(), evictable);
         assert!(listed.iter().all(|block| cached[block].is_evictable()));
+        let owned: Vec<Owned> = cached
+            .iter()
+            .map(|(block, one)| Owned {
+                block: *block,
+                tenant: one.tenant,
+                root: self.path(one.hash).expect("it is cached").root,
+                evictable: one.is_evictable(),
+            })
+            .collect();
+        self.tenants.check_integrity(&owned);
 
         self.leases.check_integrity();
         let mut leased: HashMap<BlockId, usize> = HashMap::new();

@@ -10,19 +10,6 @@ use types::{BlockHash, BlockId, Checksum};
 
 use super::{BlockTable, SlotState};
 
-/// A block that eviction would take, and what keeping it is worth.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Victim {
-    /// Identity of the block.
-    pub hash: BlockHash,
-    /// Identity of the block before it, or the root of its space.
-    pub parent: BlockHash,
-    /// Its slot.
-    pub block: BlockId,
-    /// Higher is better, and comparable between nodes that run the same policy.
-    pub worth: f32,
-}
-
 /// A block by its worth.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ranked {
@@ -51,46 +38,6 @@ pub struct Path {
 }
 
 impl BlockTable {
-    /// The next `count` blocks that eviction would take, in that order. Blocks that become evictable only with them are
-    /// not among them.
-    pub fn coldest(&self, count: usize, now: Instant) -> Vec<Victim> {
-        let victim = |block| {
-            let cached = self.cached(block);
-            Victim {
-                hash: cached.hash,
-                parent: cached.parent_hash,
-                block,
-                worth: self.policy.worth(block, now),
-            }
-        };
-        self.policy.coldest(count).into_iter().map(victim).collect()
-    }
-
-    /// What would be given up for `count` slots if `reserve` were to stay free, in the order of eviction: the worth of each
-    /// block, and [`f32::NEG_INFINITY`] for a free slot. Fewer where not so many can be had; blocks in use and their ancestors are not
-    /// counted, nor those that several evictable chains share.
-    pub fn price(&self, count: usize, reserve: usize, now: Instant) -> Vec<f32> {
-        let free = self.free.len().saturating_sub(reserve);
-        let mut price = vec![f32::NEG_INFINITY; free.min(count)];
-        for leaf in self.policy.coldest(count) {
-            let mut next = Some(leaf);
-            while let Some(block) = next
-                && price.len() < count
-            {
-                let cached = self.cached(block);
-                if cached.pins > 0 || cached.children > u32::from(block != leaf) {
-                    break;
-                }
-                price.push(self.policy.worth(block, now));
-                next = cached.parent;
-            }
-            if price.len() >= count {
-                break;
-            }
-        }
-        price
-    }
-
     /// What keeping the block is worth, if it is held: higher is better. Comparable between nodes of the same policy.
     pub fn worth(&self, hash: BlockHash, now: Instant) -> Option<f32> {
         let block = self.by_hash.get(&hash)?;
@@ -158,13 +105,6 @@ impl BlockTable {
         self.remove_leaf(block, now);
         self.evictions += 1;
         true
-    }
-
-    /// Evicts until `slots` slots are free, or nothing more can be evicted.
-    pub fn make_room(&mut self, slots: usize, now: Instant) {
-        while self.free.len() < slots && self.reclaimable > 0 {
-            self.evict_one(now);
-        }
     }
 
     /// Lets go of a block and all its descendants, whoever uses them: none of them is found any more. Slots in use are freed
@@ -291,7 +231,7 @@ impl BlockTable {
         cached.pins = 0;
         if pins > 0 {
             self.pinned -= 1;
-            self.policy.evictable(block, now);
+            self.let_be_evicted(block, now);
             self.let_go(block);
         }
         self.remove_leaf(block, now);

@@ -319,6 +319,7 @@ impl Run {
                 assert_eq!(descriptor.block, self.model.held[&node].block);
                 assert_ne!(descriptor.block, block);
             }
+            Committed::OverQuota => panic!("nobody has a quota"),
             Committed::Orphan => {
                 assert!(node != 1 && !self.model.held.contains_key(&(node / 2)));
                 return;

@@ -41,7 +41,7 @@ impl Plan {
         if !self.queue.is_empty() {
             return;
         }
-        let table = store.table();
+        let mut table = store.table();
         let counts = table.counts();
         if counts.free * SHORT_OF_FREE < counts.capacity {
             let mut coldest = table.coldest(WINDOW, crate::store::now());

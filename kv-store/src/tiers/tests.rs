@@ -489,7 +489,7 @@ async fn writing_to_disk_makes_no_block_look_used() {
 }
 
 fn coldest(store: &Store) -> Vec<BlockHash> {
-    let table = store.table();
+    let mut table = store.table();
     let coldest = table.coldest(POOL, std::time::Instant::now());
     coldest.into_iter().map(|victim| victim.hash).collect()
 }

@@ -6,6 +6,7 @@
 //!
 //! Deterministic, and without a network: a peer that is asked answers at once, and what it takes has arrived at once.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use kv_store::Eviction;
@@ -80,6 +81,26 @@ pub struct Served {
     pub moved: usize,
     /// Most load of a node, as a multiple of the mean.
     pub load_max: f64,
+    /// What is held in the end.
+    pub copies: Copies,
+}
+
+/// How often blocks are held.
+#[derive(Debug, Default, Clone, Copy, PartialEq)]
+pub struct Copies {
+    /// Slots with a block.
+    pub slots: usize,
+    /// Different blocks in them.
+    pub blocks: usize,
+    /// Most slots with one and the same block.
+    pub most: usize,
+}
+
+impl Copies {
+    /// Slots that hold what another one holds, too, as a part of all.
+    pub fn share(&self) -> f64 {
+        (self.slots - self.blocks) as f64 / self.slots.max(1) as f64
+    }
 }
 
 impl Served {
@@ -142,7 +163,22 @@ pub fn run(pools: &Pools, prompts: &[Prompt]) -> Served {
     }
     let most = nodes.iter().map(|node| node.served).max().unwrap_or_default();
     served.load_max = most as f64 * pools.serving as f64 / served.blocks.max(1) as f64;
+    served.copies = copies(&nodes);
     served
+}
+
+fn copies(nodes: &[Pool]) -> Copies {
+    let mut holders: HashMap<BlockHash, usize> = HashMap::new();
+    for node in nodes {
+        for block in node.table.snapshot().finish().blocks {
+            *holders.entry(block.hash).or_default() += 1;
+        }
+    }
+    Copies {
+        slots: holders.values().sum(),
+        blocks: holders.len(),
+        most: holders.values().copied().max().unwrap_or_default(),
+    }
 }
 
 impl Pool {

@@ -128,7 +128,7 @@ pub(crate) fn keep(table: &mut BlockTable, chain: &[BlockHash], purpose: Purpose
                 table.free(blocks[0]);
                 pinned.push(block.block);
             }
-            Committed::Orphan => {
+            Committed::Orphan | Committed::OverQuota => {
                 table.free(blocks[0]);
                 break;
             }

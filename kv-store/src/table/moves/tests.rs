@@ -47,6 +47,7 @@ fn store(table: &mut BlockTable, node: u8, now: Instant) -> Option<BlockId> {
             table.free(block);
             Some(held.block)
         }
+        Committed::OverQuota => panic!("nobody has a quota"),
         Committed::Orphan => {
             table.free(block);
             None

@@ -130,3 +130,43 @@ fn equal_inputs_give_equal_outcomes() {
     let pools = pools(4, 2, 300, Some(LIMITS));
     assert_eq!(run(&pools, &prompts), run(&pools, &prompts));
 }
+
+/// Conversations of a few turns behind one of `prompts` hot prefixes of `prompt_blocks` blocks each.
+fn behind_hot_prefixes(seed: u64, requests: usize, prompts: u32, prompt_blocks: usize) -> Vec<Prompt> {
+    let conversations = conversations(seed, requests);
+    let hot = |prompt: u32| BlockHash([prompt as u8 + 1; 16]).chain(&vec![prompt; prompt_blocks], 1);
+    let hot: Vec<Vec<BlockHash>> = (0..prompts).map(hot).collect();
+    let behind = |prompt: Prompt| {
+        // The second block tells conversations apart.
+        let of = usize::from(prompt.chain[1].0[0]) % hot.len();
+        let mut chain = hot[of].clone();
+        chain.extend(prompt.chain[1..].iter().map(|block| block.child(&[of as u32])));
+        Prompt { chain, ..prompt }
+    };
+    conversations.into_iter().map(behind).collect()
+}
+
+#[test]
+fn copies_of_what_is_hot_stop_at_the_nodes_that_use_it_and_cost_the_pools_little() {
+    for seed in [1, 2, 3] {
+        let prompts = behind_hot_prefixes(seed, 4000, 4, 10);
+        let one = run(&pools(1, 0, 4000, None), &prompts).hit_ratio();
+        for routing in [Routing::Affinity { load_max: 1.1 }, Routing::RoundRobin] {
+            for cooperation in [None, Some(LIMITS)] {
+                let pools = Pools {
+                    routing,
+                    ..pools(10, 0, 400, cooperation)
+                };
+                let served = run(&pools, &prompts);
+                println!(
+                    "{routing:?} {} most {} copies {:.3} of slots, hits {:.3} of one pool's, local {:.3}",
+                    cooperation.is_some(),
+                    served.copies.most,
+                    served.copies.share(),
+                    served.hit_ratio() / one,
+                    served.hits_local as f64 / served.blocks as f64,
+                );
+            }
+        }
+    }
+}
