@@ -11,7 +11,7 @@
 //! - memory that a peer may write comes back through the transport's fence, never by a clock.
 //!
 //! Where things are, the pure modules first:
-//! - [`table`]: slots, hashes, pins, leases; [`policy`]: what is evicted; [`replay`]: how well; [`expiring`]: promises that end by themselves;
+//! - [`table`]: slots, hashes, pins, leases, tenants; [`policy`]: what is evicted; [`replay`]: how well; [`expiring`]: promises that end by themselves;
 //! - [`cooperate`]: which blocks go to a peer instead of being dropped;
 //! - [`log`] and [`follower`]: the numbered log and its reader's side;
 //! - [`disk`]: the disk tier's own table, files and breaker; [`object`]: the bucket's segments and requests; `tiers.rs`: what moves between

@@ -256,6 +256,10 @@ impl Tenants {
 
     /// Takes a block from the shelf. False if it was not there.
     pub(super) fn unshelve(&mut self, tenant: TenantId, block: BlockId) -> bool {
+        if self.shelf.place_of.is_empty() {
+            // Nothing is hashed where there is one tenant.
+            return false;
+        }
         let Some(place) = self.shelf.place_of.remove(&block) else {
             return false;
         };

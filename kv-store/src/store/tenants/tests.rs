@@ -97,15 +97,18 @@ fn a_prompt_beyond_its_tenants_quota_is_served_and_cached_as_far_as_that_goes() 
 fn what_limits_did_is_counted() {
     let metrics = node::Metrics::new();
     let network = transfer::MemNetwork::new(0, transfer::mem::Faults::default());
-    let memory = transfer::HostMemory::allocate(8 * 512).unwrap();
+    let memory = transfer::HostMemory::allocate(16 * 512).unwrap();
     let transport = network.join("counted", types::Epoch(7));
     let store = Store::new(config(), space(), types::Epoch(7), memory, transport, &metrics).unwrap();
     drop(compute(&store, "small", &tokens(1, 4 * BLOCK_TOKENS)));
     drop(compute(&store, "small", &tokens(2, 6 * BLOCK_TOKENS)));
+    // The small one has 4 blocks at weight 1, the large one 8 at weight 3, and 4 are free for 8 more.
     drop(compute(&store, "large", &tokens(3, 8 * BLOCK_TOKENS)));
+    drop(compute(&store, "large", &tokens(4, 8 * BLOCK_TOKENS)));
     let text = metrics.encode();
     for line in [
         "perigee_kvstore_tenant_evicted_blocks_total{reason=\"quota\"} 4",
+        "perigee_kvstore_tenant_evicted_blocks_total{reason=\"share\"} 4",
         "perigee_kvstore_tenant_refused_blocks_total 1",
     ] {
         assert!(

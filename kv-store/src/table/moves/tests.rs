@@ -228,7 +228,7 @@ fn a_block_that_came_from_a_peer_goes_before_what_was_used_since() {
 #[test]
 fn the_price_of_room_counts_free_slots_that_are_no_reserve_then_whole_tails() {
     let now = Instant::now();
-    let table = filled(&[1, 2, 4, 8], now);
+    let mut table = filled(&[1, 2, 4, 8], now);
     let price = table.price(CAPACITY, 5, now);
     assert_eq!(price.len(), 3 + 4);
     assert!(price[..3].iter().all(|free| *free == f32::NEG_INFINITY));
