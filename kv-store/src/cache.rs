@@ -398,6 +398,7 @@ fn limits(store: &Store) -> Limits {
         blocks_per_second: config.cooperation_bytes_per_second as f64 / block_bytes,
         run_blocks_max: RUN_BLOCKS_MAX,
         recirculations_max: RECIRCULATIONS_MAX,
+        copies_max: config.copies_max,
         ramp: RAMP,
         confirmation_ttl: CONFIRMATION_TTL,
     }

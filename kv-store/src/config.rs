@@ -39,6 +39,8 @@ pub struct Config {
     pub eviction: Eviction,
     /// Bytes per second that the node gives to peers instead of dropping them, and as many that it takes; 0 does neither.
     pub cooperation_bytes_per_second: u64,
+    /// Nodes that hold a block beyond which moves between them make no copy more of it; at least 1.
+    pub copies_max: usize,
     /// Longest wait for a peer that takes what it was offered.
     pub offer_timeout: Duration,
     /// Longest time for which a node that ends gives its blocks to its peers.
@@ -105,6 +107,8 @@ impl Default for Config {
             eviction: Eviction::Returns,
             // A fifth of 10 Gbit/s: requests' own transfers keep the rest.
             cooperation_bytes_per_second: 256 << 20,
+            // As many as a router names to a reader. Requests copy what they use beside that: docs/cooperation.md.
+            copies_max: 4,
             // What one second brings is offered at a time; a peer that is slower than that is not worth waiting for.
             offer_timeout: Duration::from_secs(2),
             // Within the grace that supervisors give before they kill.

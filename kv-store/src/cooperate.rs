@@ -14,6 +14,7 @@
 //! - a run moves only to where it is worth clearly more than what it displaces, keeps its worth when it has moved, and moves
 //!   a bounded number of times: nothing is passed back and forth;
 //! - two nodes that hold the last two copies do not both drop theirs on the other one's word;
+//! - a move makes no copy of what enough nodes hold: only requests and pins spread a block further;
 //! - what is given and what is taken stay within their rates, and no peer gets more than twice its fair share.
 //!
 //! Pure: callers pass `now`. Elsewhere: asking, offering and fetching (`exchange.rs`), what a block is worth (`table.rs`).
@@ -51,6 +52,8 @@ pub struct Limits {
     pub run_blocks_max: usize,
     /// How often a block may move before it is dropped.
     pub recirculations_max: u8,
+    /// Nodes that hold a block, this one included, beyond which no move makes one copy more of it.
+    pub copies_max: usize,
     /// How long a new node takes to reach its full rate.
     pub ramp: Duration,
     /// How long a node keeps a block for a peer that may have dropped its own copy on this node's word.
@@ -108,7 +111,7 @@ pub enum Reason {
     Duplicate,
     /// It has moved as often as it may.
     Exhausted,
-    /// No peer has colder blocks, or room for so long a run.
+    /// No peer has colder blocks, or room for so long a run, or lacks only what may be copied.
     NoTaker,
     /// As much was given in the last second as may be.
     Rate,
@@ -275,7 +278,13 @@ impl Giver {
             let run = hashes.len().saturating_sub(held);
             // Blocks that other chains here share stay, so moving them makes copies: at most as many as are freed.
             let copies = run.saturating_sub(*tail);
-            let fits = run <= self.limits.run_blocks_max && copies <= *tail;
+            let holders = 1 + reports
+                .iter()
+                .filter(|other| other.held.get(index) > Some(&held))
+                .count();
+            // The first block that would be copied has most holders: who holds one after it holds it, too.
+            let spreads = copies > 0 && holders >= self.limits.copies_max;
+            let fits = run <= self.limits.run_blocks_max && copies <= *tail && !spreads;
             let Some(price) = price_of(&said.price, promised[report], run) else {
                 continue;
             };

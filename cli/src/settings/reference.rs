@@ -353,6 +353,10 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
                 "Bytes per second given to peers instead of being dropped, and as many taken; 0 does neither.",
             ),
             (
+                "copies_max",
+                "Nodes that hold a block beyond which moves between them make no copy more of it.",
+            ),
+            (
                 "offer_timeout",
                 "Longest wait for a peer that takes what it was offered.",
             ),

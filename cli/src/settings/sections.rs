@@ -499,6 +499,7 @@ section! {
         acquire_timeout: time,
         eviction: policy,
         cooperation_bytes_per_second: size,
+        copies_max: count,
         offer_timeout: time,
         handover_timeout: time,
         pins_max: count,

@@ -6,6 +6,7 @@ const LIMITS: Limits = Limits {
     blocks_per_second: 1000.0,
     run_blocks_max: 64,
     recirculations_max: 2,
+    copies_max: 3,
     ramp: Duration::from_secs(60),
     confirmation_ttl: Duration::from_secs(5),
 };
@@ -72,6 +73,45 @@ fn a_last_copy_goes_where_it_displaces_what_is_worth_least() {
             blocks: 4
         }]
     );
+}
+
+#[test]
+fn what_enough_nodes_hold_is_copied_no_further_and_its_ends_go_to_those_that_hold_it() {
+    let now = Instant::now();
+    // Ten blocks, of which the last five are the giver's alone.
+    let candidates = [candidate(1, 10, 5, -10.0)];
+    let cold = |peer| report(peer, &[0], &[(-90.0, 64)]);
+    let holder = |peer| report(peer, &[5], &[(-20.0, 64)]);
+    let fate = |reports: &[Report]| giver(now).decide(&candidates, reports, 5, now)[0];
+    let offer = |report, from| Fate::Offer {
+        report,
+        from,
+        blocks: 5,
+    };
+    // With the giver two nodes hold it: one more may.
+    assert_eq!(fate(&[cold("c"), report("d", &[5], &[])]), offer(0, 0));
+    let none = Fate::Drop {
+        blocks: 5,
+        why: Reason::NoTaker,
+    };
+    assert_eq!(
+        fate(&[cold("c"), report("d", &[5], &[]), report("e", &[5], &[])]),
+        none
+    );
+    assert_eq!(
+        fate(&[cold("c"), holder("d"), holder("e")]),
+        offer(1, 5),
+        "it needs no copy"
+    );
+    // Nothing is copied of what leaves as a whole.
+    let alone = [candidate(1, 5, 5, -10.0)];
+    let fates = giver(now).decide(
+        &alone,
+        &[cold("c"), report("d", &[1], &[]), report("e", &[1], &[])],
+        5,
+        now,
+    );
+    assert_eq!(fates, [offer(0, 0)]);
 }
 
 #[test]

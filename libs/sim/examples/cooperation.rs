@@ -33,6 +33,7 @@ fn main() -> ExitCode {
     let limits = Limits {
         blocks_per_second: 2000.0,
         run_blocks_max: 1024,
+        copies_max: kv_store::Config::default().copies_max,
         recirculations_max: 4,
         ramp: Duration::from_secs(60),
         confirmation_ttl: Duration::from_secs(2),
