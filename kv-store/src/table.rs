@@ -24,18 +24,20 @@ use types::{BlockDescriptor, BlockHash, BlockId, Checksum, ErrorCode, Generation
 use crate::digest::DigestBuild;
 use crate::disk::table::DiskTable;
 use crate::expiring::Expiring;
-use crate::log::{Log, Snapshot, SnapshotBlock};
+use crate::log::Log;
 use crate::policy::{Eviction, Policy, Stored};
 
 mod eviction;
 mod integrity;
 mod leases;
 mod moves;
+mod snapshot;
 mod tenants;
 mod tiers;
 
 pub use eviction::Victim;
 pub use moves::{Path, Ranked};
+pub use snapshot::SnapshotDraft;
 pub use tenants::{ACCOUNTS_MAX, LIMITED_MAX, TenantEvents, TenantLimit, TenantLimits, TenantUsage};
 pub use tiers::Offload;
 
@@ -272,28 +274,6 @@ impl BlockTable {
     /// What changed.
     pub fn log(&self) -> &Log {
         &self.log
-    }
-
-    /// Everything that is held, as of now. Sorting is left to [`SnapshotDraft::finish`], outside of any lock.
-    pub fn snapshot(&self) -> SnapshotDraft {
-        // In the order of memory: looking blocks up would hold the lock several times as long.
-        let held = self.slots.iter().filter_map(|slot| {
-            let SlotState::Cached(cached) = &slot.state else {
-                return None;
-            };
-            let listed = SnapshotBlock {
-                hash: cached.hash,
-                parent: cached.parent_hash,
-                tier: TIER,
-            };
-            Some((cached.stored_at, listed))
-        });
-        let mut blocks = Vec::with_capacity(self.by_hash.len());
-        blocks.extend(held.chain(self.on_disk_only()));
-        SnapshotDraft {
-            sequence: self.log.last(),
-            blocks,
-        }
     }
 
     /// Leading blocks of the chain that are held. Neither pins nor touches them.
@@ -581,25 +561,6 @@ impl BlockTable {
             SlotState::Free | SlotState::Owned | SlotState::Detached { .. } => {
                 panic!("block {block} is not cached")
             }
-        }
-    }
-}
-
-/// A snapshot whose blocks are not in order yet.
-#[derive(Debug)]
-pub struct SnapshotDraft {
-    sequence: u64,
-    blocks: Vec<(u64, SnapshotBlock)>,
-}
-
-impl SnapshotDraft {
-    /// Puts parents before children.
-    pub fn finish(mut self) -> Snapshot {
-        // The order in which they were stored: a block is stored after its parent, which then outlives it.
-        self.blocks.sort_unstable_by_key(|(stored_at, _)| *stored_at);
-        Snapshot {
-            sequence: self.sequence,
-            blocks: self.blocks.into_iter().map(|(_, block)| block).collect(),
         }
     }
 }
