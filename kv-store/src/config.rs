@@ -107,8 +107,8 @@ impl Default for Config {
             eviction: Eviction::Returns,
             // A fifth of 10 Gbit/s: requests' own transfers keep the rest.
             cooperation_bytes_per_second: 256 << 20,
-            // As many as a router names to a reader. Requests copy what they use beside that: docs/cooperation.md.
-            copies_max: 4,
+            // As many as a pin may want. A lower one keeps nodes that lack a common beginning from taking anything: docs/cooperation.md.
+            copies_max: 64,
             // What one second brings is offered at a time; a peer that is slower than that is not worth waiting for.
             offer_timeout: Duration::from_secs(2),
             // Within the grace that supervisors give before they kill.

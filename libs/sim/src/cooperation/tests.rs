@@ -4,7 +4,7 @@ const LIMITS: Limits = Limits {
     blocks_per_second: 10_000.0,
     run_blocks_max: 512,
     recirculations_max: 4,
-    copies_max: 4,
+    copies_max: 64,
     ramp: Duration::ZERO,
     confirmation_ttl: Duration::from_secs(2),
 };
