@@ -204,9 +204,9 @@ def wait_for(process):
 
 
 def processor_seconds_of(pid):
-    """Of the threads that live, to the nanosecond: the process's own sum comes in ticks of 10 ms."""
-    threads = pathlib.Path(f"/proc/{pid}/task").glob("*/schedstat")
-    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
+    """Of all its threads, also those that have ended, to the nanosecond: what /proc says of it comes in ticks of 10 ms."""
+    # Linux's number of the processor clock of another process: clock_getcpuclockid(3).
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 def wait_until_listening(port):

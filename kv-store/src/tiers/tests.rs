@@ -291,10 +291,14 @@ async fn a_disk_that_fails_is_passed_over_until_it_is_well() {
         }
     }
     assert!(!disk.is_readable() && !disk.is_writable());
+    // The slots of reads that failed come back a moment later.
+    eventually("memory is free", || tiered.store.stats().blocks.owned == 0).await;
     let other = commit(&tiered.store, 2);
     assert_eq!(tiered.store.lookup_len(&other), CHAIN, "serving goes on");
     tiered.file.set(DiskFaults::default());
     eventually("a probe finds it well", || disk.is_readable()).await;
+    // What is written to disk leaves no room meanwhile.
+    tiered.written(&other).await;
     assert_content(&tiered.store, &tiered.promote(&chain).await, &chain);
     tiered.check_log();
     tiered.stop().await;
