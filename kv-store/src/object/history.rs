@@ -3,7 +3,7 @@
 //! Nobody has a list of the bucket's objects. What is remembered is a guess that saves requests: a wrong one costs a request or a hit, and
 //! never a wrong token.
 //!
-//! Bounds: each memory holds [`REMEMBERED_MAX`] segments and forgets the one it has known for longest; the queue holds [`QUEUED_MAX`].
+//! Bounds: each memory holds `REMEMBERED_MAX` segments and forgets the one it has known for longest; the queue holds `QUEUED_MAX`.
 //!
 //! Pure: callers pass `now`.
 
