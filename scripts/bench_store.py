@@ -98,6 +98,7 @@ class Perigee:
         self.near = Lines([BENCH, "drive", "--record", self.far.line().strip(), *which])
         # Until the whole pool was written and read once: pages that nobody has touched are the system's, not the store's.
         one_by_one = {"blocks": 1, "clients": 1}
+        self.near.ask({"op": "prepare", "batches": 1, "first": 0, **one_by_one})
         self.next = POOL_BYTES // block_bytes * 11 // 10
         self.near.ask({"op": "put", "batches": self.next, "first": 0, **one_by_one})
         held = POOL_BYTES // block_bytes * 19 // 20
@@ -113,6 +114,7 @@ class Perigee:
         self.prepare(case.block_bytes)
         phase = {"op": op, "blocks": case.blocks, "clients": case.clients, "batches": case.batches}
         phase["first"] = self.take(case.batches, op)
+        self.near.ask({**phase, "op": "prepare"})
         return measured(self.near, phase, [self.far.process.pid, self.near.process.pid])
 
     def close(self):

@@ -82,6 +82,8 @@ struct Phase {
 #[derive(Clone, Copy, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Op {
+    /// Makes buffers and connections, so that what follows measures none of it, and moves nothing.
+    Prepare,
     Put,
     Get,
     Exists,
@@ -182,7 +184,9 @@ async fn drive(record: &NodeRecord, choice: Choice) -> Result<()> {
             }
             buffers.push(buffer);
         }
-        warm(&blocks, &buffers[0], &transport).await?;
+        if let Op::Prepare = phase.op {
+            warm(&blocks, &buffers[0], &transport).await?;
+        }
         let figures = run(&blocks, &buffers, &phase).await?;
         println!("{}", serde_json::to_string(&figures)?);
         std::io::stdout().flush()?;
@@ -239,6 +243,7 @@ async fn run(blocks: &Blocks, buffers: &[Buffer], phase: &Phase) -> Result<Figur
             for chain in chains {
                 let begun = Instant::now();
                 let done = match op {
+                    Op::Prepare => chain.len(),
                     Op::Put => blocks.put_from(place(&blocks), &chain, &buffer, 0).await?,
                     Op::Get => blocks.get_into(&chain, &buffer, 0).await?,
                     Op::Exists => blocks.exists(&chain).await?.iter().filter(|held| **held).count(),
