@@ -27,8 +27,8 @@ use types::{BlockHash, NodeId};
 use crate::table::Path;
 
 /// How much more a run must be worth than what it displaces, as a part of its own worth. Without it, nodes that are equally
-/// cold would swap blocks for ever.
-const WORTH_MARGIN: f32 = 0.25;
+/// cold would swap blocks for ever. Policies that learn value alike blocks differently on each node: docs/cooperation.md.
+const WORTH_MARGIN: f32 = 0.5;
 /// No peer is given more than this many times what it would get if all peers were given the same. A node that
 /// has just joined is the coldest of all, and would otherwise be sent everything at once.
 const FAIR_SHARES_MAX: f64 = 2.0;
