@@ -104,5 +104,8 @@ fn moves_copy_what_is_hot_no_further_than_they_may_and_copies_cost_the_pools_lit
             assert!(bounded.hit_ratio() >= 0.98 * unbounded.hit_ratio(), "{at}");
         }
     }
-    assert!(bounded_something, "the ceiling was never reached: the test proves nothing");
+    assert!(
+        bounded_something,
+        "the ceiling was never reached: the test proves nothing"
+    );
 }
