@@ -22,6 +22,8 @@ import sys
 import tarfile
 import urllib.request
 
+from pages import replace_between
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
@@ -223,10 +225,7 @@ how much longer a first token takes apart, without the prefill itself: RPCs, tra
 
 {handoff_table(handoff)}
 """
-    page = PAGE.read_text()
-    begin, end = "<!-- begin make bench -->\n", "<!-- end make bench -->"
-    head, rest = page.split(begin)
-    PAGE.write_text(head + begin + section + end + rest.split(end)[1])
+    replace_between(PAGE, "<!-- begin make bench -->", "<!-- end make bench -->", section)
     print(section)
 
 

@@ -9,9 +9,10 @@ colons); without any, ../shared/traces is looked at. Every figure is a function 
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
+
+from pages import replace_between
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "eviction.md"
@@ -69,10 +70,7 @@ def main():
     tables = json.loads(done.stdout)
     figures = "\n\n".join(markdown(table) for table in tables)
     print(figures)
-    page = re.sub(
-        r"(?<=<!-- figures -->\n).*(?=<!-- end of figures -->)", lambda _: figures + "\n", PAGE.read_text(), flags=re.S
-    )
-    PAGE.write_text(page)
+    replace_between(PAGE, "<!-- figures -->", "<!-- end of figures -->", figures + "\n")
     PLOT.write_text(plot(tables[0]))
 
 

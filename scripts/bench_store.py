@@ -19,6 +19,7 @@ import time
 import types
 
 from bench_transfer import Criterion, machine, size, table
+from pages import replace_between
 from transfer_subjects import KIB, MIB, MOONCAKE, PEERS, ROOT, TARGET, Ours, Streams, Unavailable, fetch_wheel, run
 from transfer_subjects import processor_seconds_of, wait_until_listening
 
@@ -331,9 +332,7 @@ def main():
             subject.close()
     text = section(samples, found, missing, wanted, rounds)
     if not arguments.quick:
-        begin, end = "<!-- begin make bench-store -->\n", "<!-- end make bench-store -->"
-        head, rest = PAGE.read_text().split(begin)
-        PAGE.write_text(head + begin + text + end + rest.split(end)[1])
+        replace_between(PAGE, "<!-- begin make bench-store -->", "<!-- end make bench-store -->", text)
     print(text)
 
 

@@ -5,8 +5,9 @@ operations hold its lock: writes the tables at the end of docs/eviction.md. Want
 
 import os
 import pathlib
-import re
 import subprocess
+
+from pages import replace_between
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "eviction.md"
@@ -19,10 +20,7 @@ def main():
     program = TARGET / "release" / "examples" / "table_bench"
     figures = subprocess.run([program], check=True, text=True, stdout=subprocess.PIPE).stdout
     print(figures)
-    page = re.sub(
-        r"(?<=<!-- table -->\n).*(?=<!-- end of table -->)", lambda _: figures, PAGE.read_text(), flags=re.S
-    )
-    PAGE.write_text(page)
+    replace_between(PAGE, "<!-- table -->", "<!-- end of table -->", figures)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import re
 import statistics
 import sys
 
+from pages import replace_between
 from transfer_subjects import KIB, MIB, MOONCAKE, MOONCAKE_BLOCKS, ROOT, run, subjects
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -337,10 +338,7 @@ def main():
                 subject.close()
     text = section(samples, found, missing, ucx, arguments, wanted)
     if not arguments.quick:
-        page = PAGE.read_text()
-        begin, end = "<!-- begin make bench-transfer -->\n", "<!-- end make bench-transfer -->"
-        head, rest = page.split(begin)
-        PAGE.write_text(head + begin + text + end + rest.split(end)[1])
+        replace_between(PAGE, "<!-- begin make bench-transfer -->", "<!-- end make bench-transfer -->", text)
         PLOT.write_text(plot(samples, list(found), wanted))
     print(text)
 

@@ -377,13 +377,14 @@ fn prefix_of(
 
 /// What `holder` takes to read from its disk what it has there only, beyond the first `known` blocks of the prompt.
 fn promotion(problem: &Problem<'_>, holder: &NodeView, known: usize) -> Millis {
-    let found = problem.matches.iter().find(|found| found.node == holder.id);
+    let found = found(problem, &holder.id);
     let blocks = found.map_or(0, |found| found.blocks.saturating_sub(found.in_memory.max(known)));
     let bytes = blocks as u64 * problem.shape.block_tokens * problem.shape.token_bytes;
     holder.rates.promote(bytes)
 }
 
-/// Peers that hold more of the prefix than `engine` does, longest first, and of equals that with more of it in memory. A draining node still serves what it holds.
+/// Peers that hold more of the prefix than `engine` does, longest first, and of equals that with more of it in memory. A
+/// draining node still serves what it holds.
 fn sources(problem: &Problem<'_>, engine: &NodeView, own: usize) -> Vec<Source> {
     let usable = |found: &&Match| {
         let view = problem.nodes.iter().find(|node| node.id == found.node);
@@ -402,8 +403,11 @@ fn sources(problem: &Problem<'_>, engine: &NodeView, own: usize) -> Vec<Source> 
 }
 
 fn held(problem: &Problem<'_>, node: &NodeId) -> usize {
-    let found = problem.matches.iter().find(|found| found.node == *node);
-    found.map_or(0, |found| found.blocks)
+    found(problem, node).map_or(0, |found| found.blocks)
+}
+
+fn found<'a>(problem: &Problem<'a>, node: &NodeId) -> Option<&'a Match> {
+    problem.matches.iter().find(|found| found.node == *node)
 }
 
 /// The part of the handoff that computing does not hide. Layers are pushed as they are computed, so at the least the

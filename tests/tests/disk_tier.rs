@@ -436,6 +436,15 @@ async fn put_until(
     seed
 }
 
+/// Enough for [`put_until`] once it has looked so many times.
+fn looked(times: u32) -> impl FnMut(&Life) -> bool {
+    let mut left = times;
+    move |_| {
+        left -= 1;
+        left == 0
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_system_that_is_really_full_stops_writes_and_nothing_else() {
     let home = Home::new(&[
@@ -461,14 +470,7 @@ async fn a_file_system_that_is_really_full_stops_writes_and_nothing_else() {
         peer.get(&home, &mut life.client, &home.chain(seed)).await;
     }
     assert!(life.metric("perigee_kvstore_disk_read_blocks_total") > before);
-    let put = put_until(&home, &mut life, &peer, put, {
-        let mut more = 20;
-        move |_| {
-            more -= 1;
-            more == 0
-        }
-    })
-    .await;
+    let put = put_until(&home, &mut life, &peer, put, looked(20)).await;
     // Room that somebody makes is found.
     let written = life.metric("perigee_kvstore_disk_written_blocks_total");
     run("mount", &["-o", "remount,size=64m", &mounted.0.to_string_lossy()])
@@ -515,14 +517,7 @@ async fn a_disk_that_is_really_slow_is_passed_over_until_it_is_not() {
     let put = put_until(&home, &mut life, &peer, 0, slow).await;
     // Nobody waits for it: memory serves.
     let begun = Instant::now();
-    let put = put_until(&home, &mut life, &peer, put, {
-        let mut more = 20;
-        move |_| {
-            more -= 1;
-            more == 0
-        }
-    })
-    .await;
+    let put = put_until(&home, &mut life, &peer, put, looked(20)).await;
     let served = begun.elapsed();
     slowed.allow(0);
     let written = life.metric("perigee_kvstore_disk_written_blocks_total");

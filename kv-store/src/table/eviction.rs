@@ -181,6 +181,11 @@ impl BlockTable {
     pub(super) fn keep_from_eviction(&mut self, block: BlockId) {
         let tenant = self.cached(block).tenant;
         self.tenants.became_unevictable(tenant);
+        self.hide(tenant, block);
+    }
+
+    /// Takes an evictable block from wherever victims are looked for: the shelf, or the policy.
+    fn hide(&mut self, tenant: TenantId, block: BlockId) {
         if !self.tenants.unshelve(tenant, block) {
             self.policy.unevictable(block);
         }
@@ -225,9 +230,7 @@ impl BlockTable {
             && let Some(block) = self.least_of(giver, now)
         {
             let tenant = self.cached(block).tenant;
-            if !self.tenants.unshelve(tenant, block) {
-                self.policy.unevictable(block);
-            }
+            self.hide(tenant, block);
             self.tenants.take_out(tenant);
             taken.push((block, tenant));
         }

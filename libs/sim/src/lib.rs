@@ -204,12 +204,9 @@ impl Simulation<'_> {
         let new_tokens = (arrival.prompt_tokens - cached_tokens).max(1);
         let prediction = choice.prediction;
         let compute = self.cluster.rates.compute(new_tokens, cached_tokens);
-        let started_ms = self.nodes[prefill].occupy(
-            now_ms,
-            prediction.promote + prediction.fetch + compute,
-            new_tokens,
-        );
-        let landed_ms = started_ms + (prediction.promote + prediction.fetch + compute + prediction.handoff).0;
+        let busy = prediction.promote + prediction.fetch + compute;
+        let started_ms = self.nodes[prefill].occupy(now_ms, busy, new_tokens);
+        let landed_ms = started_ms + (busy + prediction.handoff).0;
         self.outcomes[request] = Outcome::Served(Served {
             ttft: Millis(landed_ms - now_ms),
             ttft_predicted: prediction.total,

@@ -1,5 +1,7 @@
 use super::*;
 
+mod copies;
+
 const LIMITS: Limits = Limits {
     blocks_per_second: 10_000.0,
     run_blocks_max: 512,
@@ -10,7 +12,8 @@ const LIMITS: Limits = Limits {
 };
 
 /// Conversations of a few turns each, of which some are alive at a time: the later ones make the pools forget the earlier ones.
-fn conversations(seed: u64, requests: usize) -> Vec<Prompt> {
+/// Each begins with one of `beginnings`.
+fn conversations(seed: u64, requests: u32, beginnings: &[Vec<BlockHash>]) -> Vec<Prompt> {
     let mut state = seed;
     let mut draw = |below: usize| {
         state = state
@@ -18,28 +21,34 @@ fn conversations(seed: u64, requests: usize) -> Vec<Prompt> {
             .wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as usize % below
     };
-    let system = BlockHash::default().child(&[1]);
-    let mut open: Vec<(u32, Vec<BlockHash>)> = Vec::new();
+    let mut open: Vec<(u32, Vec<BlockHash>, usize)> = Vec::new();
     let mut prompts = Vec::new();
     for request in 0..requests {
         if open.len() < 60 || draw(3) == 0 {
-            open.push((request as u32, vec![system]));
+            let beginning = beginnings[draw(beginnings.len())].clone();
+            let most = 40 + beginning.len();
+            open.push((request, beginning, most));
         }
         let turn = draw(open.len());
-        let (conversation, chain) = &mut open[turn];
+        let (conversation, chain, most) = &mut open[turn];
         for _ in 0..2 + draw(8) {
-            let last = *chain.last().expect("it begins with the system prompt");
+            let last = *chain.last().expect("it begins with something");
             chain.push(last.child(&[*conversation]));
         }
         prompts.push(Prompt {
-            at: Duration::from_millis(request as u64 * 250),
+            at: Duration::from_millis(u64::from(request) * 250),
             chain: chain.clone(),
         });
-        if chain.len() > 40 {
+        if chain.len() > *most {
             open.swap_remove(turn);
         }
     }
     prompts
+}
+
+/// The system prompt that all conversations begin with.
+fn system() -> Vec<Vec<BlockHash>> {
+    vec![vec![BlockHash::default().child(&[1])]]
 }
 
 fn pools(serving: usize, stores: usize, blocks: usize, cooperation: Option<Limits>) -> Pools {
@@ -57,7 +66,7 @@ fn pools(serving: usize, stores: usize, blocks: usize, cooperation: Option<Limit
 #[test]
 fn ten_pools_serve_nearly_as_well_as_one_of_their_size() {
     for seed in [1, 2, 3] {
-        let prompts = conversations(seed, 4000);
+        let prompts = conversations(seed, 4000, &system());
         let one = run(&pools(1, 0, 4000, None), &prompts).hit_ratio();
         let ten = run(&pools(10, 0, 400, Some(LIMITS)), &prompts);
         assert!(ten.hit_ratio() >= 0.95 * one, "seed {seed}: {ten:?} beside {one}");
@@ -68,7 +77,7 @@ fn ten_pools_serve_nearly_as_well_as_one_of_their_size() {
 #[test]
 fn pools_that_serve_nothing_hold_what_the_others_cannot() {
     for seed in [1, 2, 3] {
-        let prompts = conversations(seed, 4000);
+        let prompts = conversations(seed, 4000, &system());
         let one = run(&pools(1, 0, 4000, None), &prompts).hit_ratio();
         let alone = run(&pools(4, 6, 400, None), &prompts).hit_ratio();
         let together = run(&pools(4, 6, 400, Some(LIMITS)), &prompts);
@@ -127,7 +136,7 @@ fn a_line_that_is_no_request_is_noticed() {
 
 #[test]
 fn equal_inputs_give_equal_outcomes() {
-    let prompts = conversations(7, 500);
+    let prompts = conversations(7, 500, &system());
     let pools = pools(4, 2, 300, Some(LIMITS));
     assert_eq!(run(&pools, &prompts), run(&pools, &prompts));
 }
