@@ -11,6 +11,9 @@ need() { # COMMAND DEBIAN_PACKAGE
 
 need cc gcc
 need protoc protobuf-compiler
+# What etcd-client's protos import: the compiler's package only recommends it.
+[[ -e /usr/include/google/protobuf/descriptor.proto || -e /usr/local/include/google/protobuf/descriptor.proto ]] ||
+    missing+=(libprotobuf-dev)
 need python3 python3
 if [[ ${1:-build} == test ]]; then
     need etcd etcd-server
