@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use kv_store::{Grant, OwnedBlock, SequenceBlocks};
+use kv_store::{Grant, SequenceBlocks};
 use proto::v1::prefill_client::PrefillClient;
 use proto::v1::prefill_event::Event as Wire;
 use proto::{convert, status, v1};
@@ -172,7 +172,7 @@ struct Receiver<'a> {
     allocation: Option<Instant>,
     grant: Option<Grant>,
     /// Blocks behind the fence.
-    written: Vec<OwnedBlock>,
+    written: Vec<kv_store::Landed>,
     /// `None` while they are verified, and after what was written turned out to be wrong.
     blocks: Option<SequenceBlocks>,
     started_at: Instant,

@@ -59,7 +59,7 @@ pub use follower::Follower;
 pub use policy::Eviction;
 pub use sequence::SequenceBlocks;
 pub use service::Service;
-pub use store::{BlockPin, Corrupt, Grant, OwnedBlock, Stats, Store, StoreError, Tenant};
+pub use store::{BlockPin, Corrupt, Grant, Landed, OwnedBlock, Stats, Store, StoreError, Tenant};
 pub use table::{OutOfBlocks, Victim};
 
 #[cfg(test)]

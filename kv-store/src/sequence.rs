@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 
 use types::{BlockHash, BlockId, Checksum, Token};
 
-use crate::store::{BlockPin, Corrupt, OwnedBlock, Store};
+use crate::store::{BlockPin, Corrupt, Landed, OwnedBlock, Store};
 use crate::table::OutOfBlocks;
 
 /// The blocks of one sequence. Dropping it gives all of them back.
@@ -112,7 +112,7 @@ impl SequenceBlocks {
     /// # Panics
     ///
     /// If there is not one checksum per block, or the sequence has blocks of its own already.
-    pub fn adopt(&mut self, blocks: Vec<OwnedBlock>, checksums: &[Checksum]) -> Result<(), Corrupt> {
+    pub fn adopt(&mut self, blocks: Vec<Landed>, checksums: &[Checksum]) -> Result<(), Corrupt> {
         assert!(self.own.is_empty(), "a sequence that computes receives no more");
         assert_eq!(blocks.len(), checksums.len());
         let first = self.shared.len();
@@ -120,9 +120,10 @@ impl SequenceBlocks {
             // A partial block has no hash; the one before it says best where it belongs.
             let hash = self.chain.get(first + i).copied();
             let hash = hash.or(self.chain.last().copied()).unwrap_or(self.root);
-            self.store.verify(block, hash, *checksum)?;
+            block.verify(&self.store, hash, *checksum)?;
         }
-        for (block, checksum) in blocks.into_iter().zip(checksums) {
+        let blocks = blocks.into_iter().map(Landed::into_block);
+        for (block, checksum) in blocks.zip(checksums) {
             let index = self.shared.len();
             match self.chain.get(index).copied() {
                 Some(hash) if self.own.is_empty() => {

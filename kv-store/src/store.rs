@@ -38,7 +38,7 @@ mod health;
 mod tenants;
 mod verify;
 
-pub use grant::Grant;
+pub use grant::{Grant, Landed};
 pub use guard::{BlockPin, OwnedBlock};
 pub use tenants::Tenant;
 pub use verify::Corrupt;

@@ -96,7 +96,8 @@ fn what_a_peer_wrote_is_adopted_whole_or_not_at_all() {
                 checksums[index].0 ^= 1;
             }
         }
-        sequence.adopt(blocks, &checksums)
+        let landed = blocks.into_iter().map(|block| Landed::new(block, None));
+        sequence.adopt(landed.collect(), &checksums)
     };
     for damaged in 0..3 {
         assert!(receive(Some(damaged)).is_err());

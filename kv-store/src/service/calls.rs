@@ -4,6 +4,7 @@
 //! of them has matched its checksum. They are received by this process alone, so that nothing has to be fenced: a call
 //! that breaks off drops its slots, and they are free.
 
+use std::iter;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +20,7 @@ use types::{BlockHash, Checksum, Error, ErrorCode};
 
 use super::put::{publish, verify};
 use super::{Service, check_root};
-use crate::store::{BlockPin, OwnedBlock, Store};
+use crate::store::{BlockPin, Landed, OwnedBlock, Store};
 
 /// Longest wait for a parent that another call brings, whatever is asked for.
 const PARENT_WAIT_MAX: Duration = Duration::from_secs(2);
@@ -155,8 +156,11 @@ impl Landing {
             blocks.ok_or_else(|| Error::new(ErrorCode::Internal, "the blocks are still being written"))?;
         let checksums: Vec<_> = self.checksums.into_iter().map(Checksum).collect();
         let promised = self.hashes.iter().copied().zip(checksums);
-        let written: Vec<_> = blocks.into_iter().zip(promised).collect();
-        verify(&self.store, &written, &seen).await?;
+        let seen = seen.into_iter().map(Some).chain(iter::repeat(None));
+        let landed = blocks.into_iter().zip(seen);
+        let landed = landed.map(|(block, seen)| Landed::new(block, seen));
+        let written: Vec<_> = landed.zip(promised).collect();
+        verify(&self.store, &written).await?;
         let _before = self.store.await_parent(self.parent, self.parent_wait).await?;
         let held_blocks = publish(&self.store, written, self.parent);
         Ok(encode(put_reply(held_blocks)))

@@ -11,7 +11,7 @@ use types::{BlockHash, Checksum, Error, ErrorCode};
 
 use super::{region_to_wire, too_many};
 use crate::expiring::Expiring;
-use crate::store::{BlockPin, Corrupt, Grant, OwnedBlock, Store};
+use crate::store::{BlockPin, Corrupt, Grant, Landed, Store};
 
 /// When a writer whose tenant uses all of its quota may try again: readers' leases end, and sequences.
 const QUOTA_RETRY_MS: u64 = 1000;
@@ -107,11 +107,9 @@ impl Puts {
             ));
         }
         let checksums = checksums.iter().copied().map(Checksum);
-        let written: Vec<_> = blocks
-            .into_iter()
-            .zip(hashes.into_iter().zip(checksums))
-            .collect();
-        verify(store, &written, &[]).await?;
+        let promised = hashes.into_iter().zip(checksums);
+        let written: Vec<_> = blocks.into_iter().zip(promised).collect();
+        verify(store, &written).await?;
         let written_blocks = written.len();
         let kept = publish(store, written, parent);
         // Only now may what comes before be evicted.
@@ -164,12 +162,12 @@ impl Puts {
 }
 
 /// A block that was written, and what it was promised to be.
-type Written = (OwnedBlock, (BlockHash, Checksum));
+type Written = (Landed, (BlockHash, Checksum));
 
-/// Verifies all blocks, or says which is wrong. `seen` are the checksums of the first, as far as they were seen.
-pub(super) async fn verify(store: &Store, written: &[Written], seen: &[Checksum]) -> Result<(), Corrupt> {
-    for (index, (block, (hash, checksum))) in written.iter().enumerate() {
-        store.verify_seen(block, seen.get(index).copied(), *hash, *checksum)?;
+/// Verifies all blocks, or says which is wrong.
+pub(super) async fn verify(store: &Store, written: &[Written]) -> Result<(), Corrupt> {
+    for (block, (hash, checksum)) in written {
+        block.verify(store, *hash, *checksum)?;
         // Hashing one block is short, hashing all of them is not.
         tokio::task::yield_now().await;
     }
@@ -181,7 +179,7 @@ pub(super) async fn verify(store: &Store, written: &[Written], seen: &[Checksum]
 pub(super) fn publish(store: &Store, written: Vec<Written>, mut parent: BlockHash) -> usize {
     let mut published = Vec::new();
     for (block, (hash, checksum)) in written {
-        published.push(store.commit_verified(block, parent, hash, checksum));
+        published.push(store.commit_verified(block.into_block(), parent, hash, checksum));
         parent = hash;
     }
     // Only now may any of them be evicted.

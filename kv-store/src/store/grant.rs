@@ -10,9 +10,9 @@ use std::mem;
 use futures::future::BoxFuture;
 use tokio::runtime::Handle;
 use transfer::{RemoteRegion, TransferError};
-use types::BlockId;
+use types::{BlockHash, BlockId, Checksum};
 
-use super::{OwnedBlock, Store};
+use super::{Corrupt, OwnedBlock, Store};
 
 /// A peer's right to write to some blocks. Nobody here may touch them until [`Grant::fence`] gives them back.
 ///
@@ -31,8 +31,37 @@ enum Fence {
     Open,
     /// The one revocation of the grant, which whoever takes over goes on with: a second one may return before the first
     /// one has done its work.
-    Closing(BoxFuture<'static, ()>),
+    Closing(BoxFuture<'static, Vec<Option<Checksum>>>),
     Closed,
+}
+
+/// A block that a peer could write, which it cannot any more.
+#[derive(Debug)]
+pub struct Landed {
+    block: OwnedBlock,
+    /// The checksum of the bytes, if they were hashed as they landed.
+    seen: Option<Checksum>,
+}
+
+impl Landed {
+    /// A block with the checksum that was `seen` when it was written, if it was.
+    pub fn new(block: OwnedBlock, seen: Option<Checksum>) -> Self {
+        Self { block, seen }
+    }
+
+    /// Checks the bytes, which are in `store`; counts it if they are wrong.
+    ///
+    /// # Errors
+    ///
+    /// The bytes are not those with the `promised` checksum. `hash` says whose they should be.
+    pub fn verify(&self, store: &Store, hash: BlockHash, promised: Checksum) -> Result<(), Corrupt> {
+        store.verify_seen(&self.block, self.seen, hash, promised)
+    }
+
+    /// The block.
+    pub fn into_block(self) -> OwnedBlock {
+        self.block
+    }
 }
 
 impl Grant {
@@ -41,7 +70,8 @@ impl Grant {
             .iter()
             .map(|owned| store.byte_range(owned.block()))
             .collect();
-        let region = store.inner.transport.grant_write(store.inner.region, ranges)?;
+        let transport = &store.inner.transport;
+        let region = transport.grant_write_hashed(store.inner.region, ranges)?;
         Ok(Self {
             blocks: blocks.into_iter().map(OwnedBlock::give_up).collect(),
             store,
@@ -69,23 +99,25 @@ impl Grant {
     /// Ends the peer's right and gives the blocks back: when this returns, no remote write can touch them any
     /// more. Where the future is dropped before, the fence goes on in the background and the blocks are
     /// freed after it.
-    pub async fn fence(mut self) -> Vec<OwnedBlock> {
-        self.revocation().await;
+    pub async fn fence(mut self) -> Vec<Landed> {
+        let seen = self.revocation().await;
         self.fence = Fence::Closed;
-        let blocks = mem::take(&mut self.blocks);
-        blocks
-            .into_iter()
-            .map(|block| OwnedBlock::new(self.store.clone(), block))
-            .collect()
+        let blocks = mem::take(&mut self.blocks).into_iter().enumerate();
+        let landed = |(place, block)| {
+            let block = OwnedBlock::new(self.store.clone(), block);
+            Landed::new(block, seen.get(place).copied().flatten())
+        };
+        blocks.map(landed).collect()
     }
 
     /// Begins the revocation, or goes on with it. Cancel safe.
-    async fn revocation(&mut self) {
+    async fn revocation(&mut self) -> Vec<Option<Checksum>> {
         if matches!(self.fence, Fence::Open) {
-            self.fence = Fence::Closing(self.store.inner.transport.revoke(&self.region));
+            self.fence = Fence::Closing(self.store.inner.transport.revoke_hashed(&self.region));
         }
-        if let Fence::Closing(revoked) = &mut self.fence {
-            revoked.await;
+        match &mut self.fence {
+            Fence::Closing(revoked) => revoked.await,
+            Fence::Open | Fence::Closed => Vec::new(),
         }
     }
 }
@@ -93,7 +125,7 @@ impl Grant {
 impl Drop for Grant {
     fn drop(&mut self) {
         let revoked = match mem::replace(&mut self.fence, Fence::Closed) {
-            Fence::Open => self.store.inner.transport.revoke(&self.region),
+            Fence::Open => self.store.inner.transport.revoke_hashed(&self.region),
             Fence::Closing(revoked) => revoked,
             Fence::Closed => return,
         };

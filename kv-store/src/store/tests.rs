@@ -210,7 +210,8 @@ async fn a_fence_gives_back_what_the_peer_wrote() {
     let ids = grant.blocks().to_vec();
     pair.write_to(&grant).await.unwrap();
     let late = pair.write_to(&grant);
-    let blocks = grant.fence().await;
+    let landed = grant.fence().await.into_iter();
+    let blocks: Vec<_> = landed.map(Landed::into_block).collect();
     assert_eq!(blocks.iter().map(OwnedBlock::block).collect::<Vec<_>>(), ids);
     for block in &blocks {
         assert_eq!(read(&pair.store, block.block()), [0xee; 512]);

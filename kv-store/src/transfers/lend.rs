@@ -13,7 +13,7 @@ use super::TEST_BYTES_MAX;
 use super::area::Area;
 use crate::expiring::Expiring;
 use crate::service::{expiry, region_to_wire};
-use crate::store::{Grant, Store};
+use crate::store::{Grant, Landed, Store};
 
 /// Longest time of a probe, whatever is asked for: a measurement of the longest test, and what its last transfer takes.
 pub(super) const PROBE_TTL_MAX: Duration = Duration::from_secs(90);
@@ -105,7 +105,8 @@ impl Probes {
                 format!("probe {id} is not open: it was closed, has expired, or never was"),
             )
         })?;
-        let area = Arc::new(Area::of(store, grant.fence().await, bytes));
+        let blocks = grant.fence().await.into_iter().map(Landed::into_block);
+        let area = Arc::new(Area::of(store, blocks.collect(), bytes));
         Ok(v1::CloseProbeResponse {
             checksum: area.checksum().await?,
         })

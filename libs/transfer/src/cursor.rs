@@ -63,13 +63,23 @@ impl Cursor {
         })
     }
 
+    /// What is walked over.
+    pub(crate) fn memory(&self) -> &Arc<dyn Memory> {
+        &self.memory
+    }
+
     /// Bytes still to be walked over.
     pub(crate) fn remaining(&self) -> u64 {
         self.remaining
     }
 
-    /// Receives into the next bytes, with one call that does not wait. 0 is the end of the stream.
-    pub(crate) fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+    /// Receives into the next bytes, with one call that does not wait, and tells `landed` where they are, given by offset and
+    /// length. 0 is the end of the stream.
+    pub(crate) fn receive(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        landed: impl FnMut(u64, u64),
+    ) -> io::Result<usize> {
         let mut vectors = [EMPTY; VECTORS_MAX];
         let count = self.fill(&mut vectors);
         let received = retry_interrupted(|| {
@@ -77,7 +87,7 @@ impl Cursor {
             // mapped while `self` is borrowed and is writable from any thread (contract of `Memory`).
             unsafe { libc::readv(socket.as_raw_fd(), vectors.as_ptr(), count as libc::c_int) }
         })?;
-        self.advance(received);
+        self.advance(received, landed);
         Ok(received)
     }
 
@@ -105,7 +115,7 @@ impl Cursor {
         })?;
         let of_head = sent.min(head.len());
         *head = &head[of_head..];
-        self.advance(sent - of_head);
+        self.advance(sent - of_head, |_, _| {});
         Ok(sent)
     }
 
@@ -132,10 +142,11 @@ impl Cursor {
         count
     }
 
-    fn advance(&mut self, mut bytes: usize) {
+    fn advance(&mut self, mut bytes: usize, mut walked: impl FnMut(u64, u64)) {
         self.remaining -= bytes as u64;
         while let Some(span) = self.spans.get(self.index) {
             let left = span.len - self.done;
+            walked((span.offset + self.done) as u64, left.min(bytes) as u64);
             if bytes < left {
                 self.done += bytes;
                 return;

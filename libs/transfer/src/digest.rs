@@ -1,20 +1,82 @@
 //! Checksums of bytes that pass through this processor anyway.
 //!
-//! Whoever copies a block has it in the nearest cache for a moment. Hashed there, piece by piece, a block that comes from
-//! memory costs next to nothing more than the copy: to hash it later is to read it from memory once more.
-//!
-//! Elsewhere: who copies (`tcp/link.rs`), who compares (`kv-store`, `client`).
+//! Elsewhere: the hash (`digest/xxh3.rs`), who copies (`tcp/link.rs`), who compares (`kv-store`, `client`).
+
+pub(crate) mod xxh3;
 
 use std::num::NonZeroU64;
+use std::slice;
 
 use types::{Checksum, ChecksumBuilder};
+
+use crate::copy::{self, Stores};
+use xxh3::{SHORT_BYTES_MAX, Xxh3};
+
+/// The checksum of a known number of bytes, as far as they have come.
+#[derive(Clone)]
+pub(crate) struct Unit {
+    hash: Hash,
+    missing: u64,
+}
+
+#[derive(Clone)]
+enum Hash {
+    Short(ChecksumBuilder),
+    Long(Xxh3),
+}
+
+impl Unit {
+    pub(crate) fn new(bytes: u64) -> Self {
+        let hash = if bytes > SHORT_BYTES_MAX {
+            Hash::Long(Xxh3::new(bytes))
+        } else {
+            Hash::Short(ChecksumBuilder::default())
+        };
+        Self { hash, missing: bytes }
+    }
+
+    /// Bytes that have not come yet.
+    pub(crate) fn missing(&self) -> u64 {
+        self.missing
+    }
+
+    /// Takes the next `bytes` bytes, which lie at `from`, and copies them to `to` as `stores` says.
+    ///
+    /// # Safety
+    ///
+    /// As [`copy::stripes`]; and no more bytes than are missing.
+    pub(crate) unsafe fn take(&mut self, from: *const u8, to: *mut u8, bytes: usize, stores: Stores) {
+        self.missing -= bytes as u64;
+        // SAFETY: the caller's promise. What a short unit hashes is what it wrote, or the caller's where nothing is written.
+        unsafe {
+            match &mut self.hash {
+                Hash::Long(hash) => hash.take(from, to, bytes, stores),
+                Hash::Short(hash) => {
+                    copy::plain(from, to, bytes, stores);
+                    let seen = if stores == Stores::None {
+                        from
+                    } else {
+                        to.cast_const()
+                    };
+                    hash.update(slice::from_raw_parts(seen, bytes));
+                }
+            }
+        }
+    }
+
+    /// The checksum, if all bytes have come.
+    pub(crate) fn finish(&self) -> Option<Checksum> {
+        match &self.hash {
+            Hash::Long(hash) => hash.finish(),
+            Hash::Short(hash) => (self.missing == 0).then(|| hash.finish()),
+        }
+    }
+}
 
 /// Checksums of bytes that come in order, one for every `unit_bytes` of them.
 pub(crate) struct Digest {
     unit_bytes: u64,
-    /// Bytes of the unit that `open` has taken.
-    taken: u64,
-    open: ChecksumBuilder,
+    open: Unit,
     done: Vec<Checksum>,
 }
 
@@ -22,23 +84,30 @@ impl Digest {
     pub(crate) fn new(unit_bytes: NonZeroU64) -> Self {
         Self {
             unit_bytes: unit_bytes.get(),
-            taken: 0,
-            open: ChecksumBuilder::default(),
+            open: Unit::new(unit_bytes.get()),
             done: Vec::new(),
         }
     }
 
-    /// Takes the next bytes.
-    pub(crate) fn take(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let missing = usize::try_from(self.unit_bytes - self.taken).unwrap_or(usize::MAX);
-            let (of_unit, rest) = bytes.split_at(bytes.len().min(missing));
-            self.open.update(of_unit);
-            self.taken += of_unit.len() as u64;
-            bytes = rest;
-            if self.taken == self.unit_bytes {
-                self.done.push(std::mem::take(&mut self.open).finish());
-                self.taken = 0;
+    /// Takes the next `bytes` bytes, which lie at `from`, and copies them to `to` as `stores` says.
+    ///
+    /// # Safety
+    ///
+    /// As [`copy::stripes`].
+    pub(crate) unsafe fn take(&mut self, from: *const u8, to: *mut u8, bytes: usize, stores: Stores) {
+        let mut done = 0;
+        while done < bytes {
+            let missing = usize::try_from(self.open.missing()).unwrap_or(usize::MAX);
+            let of_unit = missing.min(bytes - done);
+            // SAFETY: the next of the caller's bytes, at most as many as the unit lacks.
+            unsafe {
+                self.open
+                    .take(from.wrapping_add(done), to.wrapping_add(done), of_unit, stores);
+            }
+            done += of_unit;
+            if let Some(checksum) = self.open.finish() {
+                self.done.push(checksum);
+                self.open = Unit::new(self.unit_bytes);
             }
         }
     }
@@ -50,17 +119,4 @@ impl Digest {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn checksums_are_those_of_the_units_however_the_bytes_come() {
-        let bytes: Vec<u8> = (0..5_000_u32).map(|index| (index % 251) as u8).collect();
-        let whole: Vec<_> = bytes.chunks_exact(1_500).map(Checksum::of).collect();
-        for piece in [1, 64, 999, 1_500, 1_501, 5_000] {
-            let mut digest = Digest::new(NonZeroU64::new(1_500).expect("some"));
-            bytes.chunks(piece).for_each(|piece| digest.take(piece));
-            assert_eq!(digest.finish(), whole, "in pieces of {piece}");
-        }
-    }
-}
+mod tests;

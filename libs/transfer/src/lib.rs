@@ -38,6 +38,7 @@
 //! - [`mem`]: a deterministic network with seeded faults, for tests;
 //! - [`memory`]: memory of this process, and checked copies in and out of any [`types::Memory`];
 //! - `region.rs`: which memory is registered, what is granted, and the fence itself (shared by all transports);
+//! - `copy.rs`: copies of mapped memory, past the caches or through them;
 //! - `digest.rs`: checksums of bytes that are copied here anyway;
 //! - `cursor.rs`: the system calls that move bytes between a socket and raw memory.
 //!
@@ -47,6 +48,7 @@
 
 mod barrier;
 pub mod calls;
+mod copy;
 mod cursor;
 mod digest;
 pub mod error;

@@ -347,7 +347,7 @@ impl Transport for MemTransport {
     }
 
     fn grant_write(&self, region: RegionId, ranges: Vec<Range<u64>>) -> Result<RemoteRegion, TransferError> {
-        let key = self.node.regions.grant_write(region, ranges)?;
+        let key = self.node.regions.grant_write(region, ranges, false)?;
         Ok(self.remote(key))
     }
 
@@ -358,7 +358,7 @@ impl Transport for MemTransport {
                 endpoint: grant.endpoint.clone(),
                 key: grant.key,
             });
-            return settled;
+            return settled.map(drop).boxed();
         }
         std::future::ready(()).boxed()
     }

@@ -5,7 +5,9 @@
 //! that does not wait, or one copy, closing takes microseconds and depends on no peer. What hardware moves by itself
 //! takes a [`Hold`] there, and the fence waits for that to end, by force if it must.
 //!
-//! Elsewhere: the moving itself (`cursor.rs`, `mem.rs`).
+//! Elsewhere: the moving itself (`cursor.rs`, `mem.rs`), checksums of what lands (`region/landing.rs`).
+
+mod landing;
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, RandomState};
@@ -17,9 +19,11 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::Notify;
 use tokio::time::timeout;
-use types::{Memory, MemoryKind};
+use types::{Checksum, Memory, MemoryKind};
 
+use crate::copy::Stores;
 use crate::{RegionId, TransferError};
+pub(crate) use landing::Landing;
 
 /// A node has one pool, and perhaps a few staging areas.
 const REGIONS_MAX: usize = 1024;
@@ -54,6 +58,8 @@ pub(crate) struct Grant {
     memory: Arc<dyn Memory>,
     region: RegionId,
     access: Access,
+    /// Of the ranges whose bytes are to be hashed as they land, by where they begin.
+    landings: Vec<Landing>,
     /// Held for reading while memory is touched, for writing to close.
     closed: RwLock<bool>,
     /// What hardware moves into the memory by itself.
@@ -129,9 +135,36 @@ impl Grant {
         (!*closed).then(move_bytes)
     }
 
-    /// Lets hardware write memory of the grant until the result is dropped, if the grant is open. `cut` must end that.
-    pub(crate) fn hold(self: &Arc<Self>, cut: Cut) -> Option<Hold> {
+    /// What is to see the bytes that land at `offset`, if anything is.
+    pub(crate) fn landing(&self, offset: u64) -> Option<&Landing> {
+        landing::at(&self.landings, offset)
+    }
+
+    /// Shows bytes that have landed, given by offset and length, to whoever is to see them. Inside of [`Grant::touch`].
+    pub(crate) fn landed(&self, mut offset: u64, bytes: u64) {
+        let end = offset + bytes;
+        while offset < end
+            && let Some(landing) = self.landing(offset)
+        {
+            let seen = landing.left(offset).min((end - offset) as usize);
+            let at = self.memory.base().as_ptr().wrapping_add(offset as usize);
+            // SAFETY: the bytes are inside of the memory, since they were admitted, and nothing is stored.
+            unsafe { landing.take(offset, at, at, seen, Stores::None) };
+            offset += seen as u64;
+        }
+    }
+
+    /// Lets hardware write these bytes, given by offset and length, until the result is dropped, if the grant is open. `cut`
+    /// must end that.
+    pub(crate) fn hold(
+        self: &Arc<Self>,
+        bytes: impl IntoIterator<Item = (u64, u64)>,
+        cut: Cut,
+    ) -> Option<Hold> {
         self.touch(|| {
+            for (offset, bytes) in bytes {
+                self.overwritten(offset, bytes);
+            }
             let mut holds = self.holds();
             holds.taken += 1;
             let number = holds.taken;
@@ -141,6 +174,24 @@ impl Grant {
                 number,
             }
         })
+    }
+
+    /// Nobody sees these bytes.
+    fn overwritten(&self, mut offset: u64, bytes: u64) {
+        let end = offset + bytes;
+        while offset < end
+            && let Some(landing) = self.landing(offset)
+        {
+            landing.overwrite();
+            offset += landing.left(offset) as u64;
+        }
+    }
+
+    /// The checksum of each range of a closed grant, in the order they were given, if the range was seen; or none at all.
+    fn checksums(&self) -> Vec<Option<Checksum>> {
+        let mut checksums: Vec<_> = self.landings.iter().map(Landing::checksum).collect();
+        checksums.sort_unstable_by_key(|(place, _)| *place);
+        checksums.into_iter().map(|(_, checksum)| checksum).collect()
     }
 
     fn close(&self) {
@@ -275,7 +326,7 @@ impl RegionTable {
             return Ok(key);
         }
         let memory = entry.memory.clone();
-        let key = self.grant(&mut inner, region, memory, Access::ReadAll)?;
+        let key = self.grant(&mut inner, region, memory, (Access::ReadAll, Vec::new()))?;
         if let Some(entry) = inner.regions.get_mut(&region) {
             entry.read_key = Some(key);
         }
@@ -286,6 +337,7 @@ impl RegionTable {
         &self,
         region: RegionId,
         ranges: Vec<Range<u64>>,
+        hashed: bool,
     ) -> Result<u64, TransferError> {
         if ranges.len() > RANGES_PER_GRANT_MAX {
             return Err(TransferError::Full {
@@ -308,12 +360,22 @@ impl RegionTable {
                 region_bytes,
             });
         }
-        self.grant(&mut inner, region, memory, Access::Write(merged(ranges)))
+        let landings = if hashed {
+            landing::landings(&ranges)
+        } else {
+            Vec::new()
+        };
+        self.grant(
+            &mut inner,
+            region,
+            memory,
+            (Access::Write(merged(ranges)), landings),
+        )
     }
 
     /// Closes a grant. When the future is ready, nobody touches its memory any more; system calls do not from the
-    /// call on.
-    pub(crate) fn revoke(&self, key: u64) -> BoxFuture<'static, ()> {
+    /// call on. Gives the checksum of each range that was granted, if the range is not empty and was seen to its end.
+    pub(crate) fn revoke(&self, key: u64) -> BoxFuture<'static, Vec<Option<Checksum>>> {
         let mut inner = self.inner();
         let grant = inner.grants.remove(&key);
         if let Some(grant) = &grant
@@ -324,10 +386,14 @@ impl RegionTable {
         }
         drop(inner);
         let Some(grant) = grant else {
-            return std::future::ready(()).boxed();
+            return std::future::ready(Vec::new()).boxed();
         };
         grant.close();
-        async move { grant.settled().await }.boxed()
+        async move {
+            grant.settled().await;
+            grant.checksums()
+        }
+        .boxed()
     }
 
     /// The open grant with this key.
@@ -350,7 +416,7 @@ impl RegionTable {
         inner: &mut Inner,
         region: RegionId,
         memory: Arc<dyn Memory>,
-        access: Access,
+        (access, landings): (Access, Vec<Landing>),
     ) -> Result<u64, TransferError> {
         if inner.grants.len() >= GRANTS_MAX {
             return Err(TransferError::Full {
@@ -364,6 +430,7 @@ impl RegionTable {
             memory,
             region,
             access,
+            landings,
             closed: RwLock::new(false),
             holds: Mutex::default(),
             released: Notify::new(),

@@ -320,15 +320,28 @@ impl Transport for TcpTransport {
     }
 
     fn grant_write(&self, region: RegionId, ranges: Vec<Range<u64>>) -> Result<RemoteRegion, TransferError> {
-        let key = self.shared.regions.grant_write(region, ranges)?;
+        let key = self.shared.regions.grant_write(region, ranges, false)?;
+        Ok(self.shared.remote(key))
+    }
+
+    fn grant_write_hashed(
+        &self,
+        region: RegionId,
+        ranges: Vec<Range<u64>>,
+    ) -> Result<RemoteRegion, TransferError> {
+        let key = self.shared.regions.grant_write(region, ranges, true)?;
         Ok(self.shared.remote(key))
     }
 
     fn revoke(&self, grant: &RemoteRegion) -> BoxFuture<'static, ()> {
+        self.revoke_hashed(grant).map(drop).boxed()
+    }
+
+    fn revoke_hashed(&self, grant: &RemoteRegion) -> BoxFuture<'static, Vec<Option<Checksum>>> {
         if grant.epoch == self.shared.epoch && grant.endpoint == self.shared.endpoint {
             return self.shared.regions.revoke(grant.key);
         }
-        std::future::ready(()).boxed()
+        std::future::ready(Vec::new()).boxed()
     }
 
     fn write(

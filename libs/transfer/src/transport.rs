@@ -14,8 +14,8 @@
 //!   (such as "landed") finds the bytes there.
 //! - An error means that any subset of the bytes of the batch's slices may have landed, and no byte outside
 //!   them. Bytes that are still under way may land until the receiver revokes the grant.
-//! - Futures do nothing unless polled. One that is dropped stops the transfer; hardware may go on for a moment, and
-//!   until it stopped, the transport holds the batch's [`Keep`].
+//! - Futures do nothing unless polled. One that is dropped, or times out, stops the transfer; hardware and copies may go on
+//!   for a moment, and until they stopped, the transport holds the batch's [`Keep`].
 //!
 //! # Another transport
 //!
@@ -179,6 +179,23 @@ pub trait Transport: Send + Sync + 'static {
     /// The fence: when it returns, nothing that a peer does or did under this grant touches memory any more,
     /// and all that was written happened before. Does nothing for grants that are closed or not ours.
     fn revoke(&self, grant: &RemoteRegion) -> BoxFuture<'static, ()>;
+
+    /// As [`grant_write`](Self::grant_write), for whoever wants checksums of the ranges: what lands in order is hashed as it
+    /// lands, for much less than it costs to hash it later. [`revoke_hashed`](Self::revoke_hashed) gives the result.
+    fn grant_write_hashed(
+        &self,
+        region: RegionId,
+        ranges: Vec<Range<u64>>,
+    ) -> Result<RemoteRegion, TransferError> {
+        self.grant_write(region, ranges)
+    }
+
+    /// As [`revoke`](Self::revoke). Gives the checksum of each range of a grant, in the order in which they were given: `None` where
+    /// bytes did not come in order, came twice, or not through this processor. Or it gives none at all. The caller then makes
+    /// them.
+    fn revoke_hashed(&self, grant: &RemoteRegion) -> BoxFuture<'static, Vec<Option<Checksum>>> {
+        self.revoke(grant).map(|()| Vec::new()).boxed()
+    }
 
     /// Writes local bytes to the peer. `Ok` means that all of them are in its memory.
     ///

@@ -27,7 +27,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::PathBuf;
 use std::ptr::{self, NonNull};
-use std::slice;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::time::Duration;
@@ -35,8 +34,6 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use types::{Memory, MemoryKind};
 use ucx_sys::Library;
-
-use crate::digest::Digest;
 
 pub(crate) use domain::Way;
 pub(crate) use driver::{Addresses, Run};
@@ -58,10 +55,6 @@ pub enum Choice {
     /// UCX for every pair, also where it only offers TCP. A node without it does not start.
     Ucx,
 }
-
-/// Of bytes that are hashed while they are copied: how many are copied before they are hashed. Few enough for the nearest
-/// cache, many enough that the copying does not notice.
-const HASHED_BYTES: usize = 8 << 10;
 
 /// Whether and how UCX is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -385,7 +378,7 @@ pub(crate) struct Window {
 }
 
 impl Window {
-    /// Whether it is mapped into this process, so that [`Window::copy`] works.
+    /// Whether it is mapped into this process, so that [`Window::mapped`] says where.
     pub(crate) fn is_mapped(&self) -> bool {
         self.mapped_at.is_some()
     }
@@ -395,41 +388,12 @@ impl Window {
         offset.checked_add(bytes).is_some_and(|end| end <= self.bytes)
     }
 
-    /// Copies `bytes` bytes at `offset` of the peer's memory to the exposed address `local`, and shows `digest` what came.
-    /// False if that memory is not mapped, or the peer did not expose as much.
-    ///
-    /// # Safety
-    ///
-    /// `bytes` bytes at `local` are valid for writes, and used by nobody else.
-    pub(crate) unsafe fn copy(
-        &self,
-        offset: u64,
-        local: usize,
-        bytes: usize,
-        digest: Option<&mut Digest>,
-    ) -> bool {
-        let Some(mapped_at) = self.mapped_at.filter(|_| self.covers(offset, bytes as u64)) else {
-            return false;
-        };
-        let from = ptr::with_exposed_provenance::<u8>(mapped_at + offset as usize);
-        let to = ptr::with_exposed_provenance_mut::<u8>(local);
-        // SAFETY: the destination is the caller's promise; the source is inside of a mapping (checked above and when
-        // the window was opened) that stays while the window lives: its key is destroyed by `drop`. The peer may change
-        // the bytes meanwhile: they are plain memory to a foreign function, and checksums tell.
-        let piece = |at: usize, bytes: usize| unsafe {
-            libc::memcpy(to.add(at).cast(), from.add(at).cast(), bytes);
-        };
-        let Some(digest) = digest else {
-            piece(0, bytes);
-            return true;
-        };
-        for at in (0..bytes).step_by(HASHED_BYTES) {
-            let len = HASHED_BYTES.min(bytes - at);
-            piece(at, len);
-            // SAFETY: just written, and used by nobody else (the caller's promise).
-            digest.take(unsafe { slice::from_raw_parts(to.add(at), len) });
-        }
-        true
+    /// Where `bytes` bytes at `offset` of the peer's memory are readable here, for as long as the window lives: its key is
+    /// destroyed by `drop`, and the mapping was looked up when it was opened. The peer may change them at any time. `None` if that
+    /// memory is not mapped, or the peer did not expose as much.
+    pub(crate) fn mapped(&self, offset: u64, bytes: u64) -> Option<*const u8> {
+        let mapped_at = self.mapped_at.filter(|_| self.covers(offset, bytes))?;
+        Some(ptr::with_exposed_provenance(mapped_at + offset as usize))
     }
 
     /// Lets hardware read. `held` is dropped when nothing is written any more; then, the result comes. Dropping

@@ -1,9 +1,9 @@
 //! The process that transfers, and measures.
 //!
 //! A case keeps `in_flight` lanes busy. Each lane has its own places in both memories and does one batch after the
-//! other, at one place after the other. With `verify`, the receiving side compares the checksum of every landed slice: a read takes those that the transport
-//! made while it copied; where it made none, and for a write, landed slices are hashed while the lane
-//! goes on at its next place. A place is used again only after its bytes were found right.
+//! other, at one place after the other. With `verify`, the receiving side compares the checksum of every landed slice: those that
+//! the transport made while it moved them, which for a write the end of its grant gives; where it made none, landed slices are
+//! hashed while the lane goes on at its next place. A place is used again only after its bytes were found right.
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -20,7 +20,7 @@ use tokio::task::JoinHandle;
 use transfer::{Keep, RegionId, RemoteRegion, Slice, TcpTransport, TransferBatch, Transport};
 use types::{Checksum, Epoch, Memory};
 
-use crate::serve::{self, Ready, STREAM_CALL_BYTES};
+use crate::serve::{self, Landed, Landing, Ready, STREAM_CALL_BYTES};
 use crate::{Result, TransportArguments, usage};
 
 /// A batch that takes longer is a failure, not a figure.
@@ -152,14 +152,22 @@ async fn measure(ends: &Arc<Ends>, case: Case) -> Result<Outcome> {
             .collect::<Result<_>>()?,
         Operation::Write | Operation::Read => Vec::new(),
     };
+    // What is expected is found out before the time begins.
+    let mut verifiers = Vec::new();
+    for lane in (0..case.in_flight).filter(|_| streams.is_empty()) {
+        verifiers.push(match case.verify {
+            true => Some(Verifier::connect(ends, &case, lane).await?),
+            false => None,
+        });
+    }
     let near = usage::processor_time();
     let far = far_processor_time(ends.ready.control).await?;
     let begun = Instant::now();
     let until = begun + Duration::from_secs_f64(case.seconds);
     // Tasks of their own: the main task of a runtime is woken by another thread for every event.
-    let lanes = (0..case.in_flight).filter(|_| streams.is_empty()).map(|lane| {
+    let lanes = (0..).zip(verifiers).map(|(lane, verifier)| {
         let (ends, case) = (ends.clone(), case.clone());
-        tokio::spawn(async move { run_lane(&ends, &case, lane, until).await })
+        tokio::spawn(async move { run_lane(&ends, &case, lane, verifier, until).await })
     });
     let lanes: Vec<_> = lanes.collect();
     let streams = streams.into_iter().map(|mut stream| {
@@ -207,22 +215,25 @@ struct Lane {
     mover: &'static str,
 }
 
-async fn run_lane(ends: &Arc<Ends>, case: &Case, lane: u64, until: Instant) -> Result<Lane> {
+async fn run_lane(
+    ends: &Arc<Ends>,
+    case: &Case,
+    lane: u64,
+    mut verifier: Option<Verifier>,
+    until: Instant,
+) -> Result<Lane> {
     let mut done = Lane::default();
-    let mut verifier = match case.verify {
-        true => Some(Verifier::connect(ends, case, lane).await?),
-        false => None,
-    };
-    let key = match case.op {
-        Operation::Write => ends.ready.write_key,
-        Operation::Read | Operation::Stream => ends.ready.read_key,
-    };
     for place in (0..case.places).cycle() {
         let begun = Instant::now();
         if begun >= until {
             break;
         }
         let slices = case.slices(lane, place);
+        let key = match (case.op, &verifier) {
+            (Operation::Write, Some(verifier)) => verifier.expected[place as usize].key,
+            (Operation::Write, None) => ends.ready.write_key,
+            (Operation::Read | Operation::Stream, _) => ends.ready.read_key,
+        };
         let batch = TransferBatch {
             region: ends.region,
             remote: RemoteRegion {
@@ -256,6 +267,8 @@ async fn run_lane(ends: &Arc<Ends>, case: &Case, lane: u64, until: Instant) -> R
 struct Expected {
     ranges: Vec<(u64, u64)>,
     hashes: Vec<u64>,
+    /// For writes: the right to do them.
+    key: u64,
 }
 
 /// Has landed slices hashed where they landed.
@@ -271,7 +284,11 @@ struct Verifier {
 
 impl Verifier {
     async fn connect(ends: &Ends, case: &Case, lane: u64) -> Result<Self> {
-        let mut far = Far::connect(ends.ready.control, "hash").await?;
+        let request = match case.op {
+            Operation::Write => "land",
+            Operation::Read | Operation::Stream => "hash",
+        };
+        let mut far = Far::connect(ends.ready.control, request).await?;
         let mut expected = Vec::new();
         for place in 0..case.places {
             let slices = case.slices(lane, place);
@@ -287,13 +304,16 @@ impl Verifier {
                 Operation::Write => {
                     let hashes = serve::hashes(&*ends.pool, &local)?;
                     let ranges = remote;
-                    Expected { ranges, hashes }
+                    far.land(None, &ranges).await?;
+                    let Landed { key, .. } = serde_json::from_str(&far.answer().await?)?;
+                    Expected { ranges, hashes, key }
                 }
                 Operation::Read | Operation::Stream => {
                     far.ask(&serde_json::to_string(&remote)?).await?;
                     let hashes = serde_json::from_str(&far.answer().await?)?;
                     let ranges = local;
-                    Expected { ranges, hashes }
+                    let key = ends.ready.read_key;
+                    Expected { ranges, hashes, key }
                 }
             });
         }
@@ -309,7 +329,7 @@ impl Verifier {
     /// Begins to verify a place, and waits until so many are verified that the next place is free. `seen` are the checksums
     /// of its slices, if the transport made them.
     async fn landed(&mut self, ends: &Arc<Ends>, case: &Case, place: u64, seen: &[Checksum]) -> Result<()> {
-        let Expected { ranges, hashes } = &self.expected[place as usize];
+        let Expected { ranges, hashes, key } = &self.expected[place as usize];
         if !seen.is_empty() {
             return match seen.iter().map(|checksum| checksum.0).eq(hashes.iter().copied()) {
                 true => Ok(()),
@@ -318,7 +338,7 @@ impl Verifier {
         }
         match case.op {
             Operation::Write => {
-                self.far.ask(&serde_json::to_string(ranges)?).await?;
+                self.far.land(Some(*key), ranges).await?;
                 self.there.push_back(place);
             }
             Operation::Read | Operation::Stream => {
@@ -344,7 +364,9 @@ impl Verifier {
         let (place, found) = if let Some((place, hashing)) = self.here.pop_front() {
             (place, hashing.await??)
         } else if let Some(place) = self.there.pop_front() {
-            (place, serde_json::from_str(&self.far.answer().await?)?)
+            let Landed { key, hashes } = serde_json::from_str(&self.far.answer().await?)?;
+            self.expected[place as usize].key = key;
+            (place, hashes)
         } else {
             return Ok(());
         };
@@ -374,6 +396,12 @@ impl Far {
     async fn ask(&mut self, line: &str) -> Result<()> {
         self.stream.write_all(format!("{line}\n").as_bytes()).await?;
         Ok(())
+    }
+
+    /// Ends a right to write and asks for another one.
+    async fn land(&mut self, key: Option<u64>, ranges: &[(u64, u64)]) -> Result<()> {
+        let ranges = ranges.to_vec();
+        self.ask(&serde_json::to_string(&Landing { key, ranges })?).await
     }
 
     async fn answer(&mut self) -> Result<String> {

@@ -1,8 +1,8 @@
 //! The process whose memory is written and read.
 //!
-//! Beside its transport it listens on a control port. A connection to it is one of three things, by its first line:
+//! Beside its transport it listens on a control port. A connection to it is one of four things, by its first line:
 //! `usage` is answered with the processor time used so far; `hash` with the hashes of the ranges that each further
-//! line names; `sink` and a size is
+//! line names; `land` with the right to write to such ranges, and with their hashes once that is taken back; `sink` and a size is
 //! answered when so much memory is there, and again when all bytes of the stream were read into it.
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -10,9 +10,10 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use transfer::{Mover, TcpTransport, Transport, memory};
+use tokio::runtime::Handle;
+use transfer::{Mover, RegionId, RemoteRegion, TcpTransport, Transport, memory};
 use twox_hash::XxHash3_64;
-use types::{Epoch, Memory};
+use types::{Checksum, Epoch, Memory};
 
 use crate::{Result, TransportArguments, usage};
 
@@ -31,6 +32,32 @@ pub(crate) struct Ready {
     pub(crate) movers: Vec<Mover>,
 }
 
+/// What a line of a `land` connection asks for: the end of one right to write to ranges, and another one.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Landing {
+    /// That of the last answer, or none yet.
+    pub(crate) key: Option<u64>,
+    /// Offset and length of each range.
+    pub(crate) ranges: Vec<(u64, u64)>,
+}
+
+/// What such a line is answered with.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Landed {
+    /// Of the right that begins.
+    pub(crate) key: u64,
+    /// What each range holds, where a right has ended.
+    pub(crate) hashes: Vec<u64>,
+}
+
+/// What a control connection is served from.
+struct Served {
+    transport: Arc<TcpTransport>,
+    pool: Arc<dyn Memory>,
+    region: RegionId,
+    runtime: Handle,
+}
+
 pub(crate) async fn run(arguments: &TransportArguments) -> Result<()> {
     let (transport, pool) = open(arguments, 2).await?;
     let region = transport.register(pool.clone())?;
@@ -47,11 +74,17 @@ pub(crate) async fn run(arguments: &TransportArguments) -> Result<()> {
         movers: transport.movers(),
     };
     println!("{}", serde_json::to_string(&ready)?);
+    let served = Arc::new(Served {
+        transport: transport.clone(),
+        pool,
+        region,
+        runtime: Handle::current(),
+    });
     std::thread::spawn(move || {
         for connection in control.incoming().flatten() {
-            let pool = pool.clone();
+            let served = served.clone();
             std::thread::spawn(move || {
-                if let Err(error) = serve(connection, &*pool) {
+                if let Err(error) = serve(connection, &served) {
                     eprintln!("transfer_bench: control connection: {error}");
                 }
             });
@@ -80,7 +113,7 @@ pub(crate) async fn open(
     Ok((transport, pool))
 }
 
-fn serve(connection: TcpStream, pool: &dyn Memory) -> Result<()> {
+fn serve(connection: TcpStream, served: &Served) -> Result<()> {
     connection.set_nodelay(true)?;
     let mut answers = connection.try_clone()?;
     let mut lines = BufReader::new(connection);
@@ -93,8 +126,16 @@ fn serve(connection: TcpStream, pool: &dyn Memory) -> Result<()> {
             if lines.read_line(&mut line)? == 0 {
                 break;
             }
-            let hashes = hashes(pool, &serde_json::from_str::<Vec<_>>(&line)?)?;
+            let hashes = hashes(&*served.pool, &serde_json::from_str::<Vec<_>>(&line)?)?;
             writeln!(answers, "{}", serde_json::to_string(&hashes)?)?;
+        },
+        "land" => loop {
+            line.clear();
+            if lines.read_line(&mut line)? == 0 {
+                break;
+            }
+            let landed = served.land(&serde_json::from_str(&line)?)?;
+            writeln!(answers, "{}", serde_json::to_string(&landed)?)?;
         },
         request => {
             let walked_bytes = request
@@ -107,6 +148,33 @@ fn serve(connection: TcpStream, pool: &dyn Memory) -> Result<()> {
         }
     }
     Ok(())
+}
+
+impl Served {
+    /// As a node does whose peer writes blocks: hashes only what was not hashed as it landed.
+    fn land(&self, landing: &Landing) -> Result<Landed> {
+        let mut hashes = Vec::new();
+        if let Some(key) = landing.key {
+            let grant = RemoteRegion {
+                endpoint: self.transport.endpoint(),
+                epoch: self.transport.epoch(),
+                key,
+            };
+            let seen = self.runtime.block_on(self.transport.revoke_hashed(&grant));
+            for (place, range) in landing.ranges.iter().enumerate() {
+                hashes.push(match seen.get(place) {
+                    Some(Some(Checksum(seen))) => *seen,
+                    Some(None) | None => hash(&*self.pool, range)?,
+                });
+            }
+        }
+        let ranges = landing.ranges.iter().map(|(offset, len)| *offset..offset + len);
+        let grant = self.transport.grant_write_hashed(self.region, ranges.collect())?;
+        Ok(Landed {
+            key: grant.key,
+            hashes,
+        })
+    }
 }
 
 /// Reads to the end, into one piece of the memory after the other.
@@ -126,9 +194,14 @@ fn sink(mut stream: TcpStream, memory: &mut [u8]) -> Result<()> {
 
 /// The hash of each range, given by offset and length.
 pub(crate) fn hashes(pool: &dyn Memory, ranges: &[(u64, u64)]) -> Result<Vec<u64>> {
-    let hash = |&(offset, len): &(u64, u64)| {
-        let hash = memory::with_bytes(pool, offset as usize, len as usize, XxHash3_64::oneshot)?;
-        Ok(hash)
-    };
-    ranges.iter().map(hash).collect()
+    ranges.iter().map(|range| hash(pool, range)).collect()
+}
+
+fn hash(pool: &dyn Memory, (offset, len): &(u64, u64)) -> Result<u64> {
+    Ok(memory::with_bytes(
+        pool,
+        *offset as usize,
+        *len as usize,
+        XxHash3_64::oneshot,
+    )?)
 }

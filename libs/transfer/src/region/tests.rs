@@ -27,7 +27,7 @@ proptest! {
         let (table, region) = table_with_region();
         let ranges: Vec<_> = ranges.into_iter().map(|(start, len)| start..start + len).collect();
         let granted: HashSet<u64> = ranges.iter().cloned().flatten().collect();
-        let key = table.grant_write(region, ranges).unwrap();
+        let key = table.grant_write(region, ranges, false).unwrap();
         let admitted = table.lookup(key).unwrap().admit(Direction::Write, [(offset, len)]);
         prop_assert_eq!(admitted.is_ok(), (offset..offset + len).all(|byte| granted.contains(&byte)));
     }
@@ -38,12 +38,12 @@ fn ranges_outside_the_region_are_not_granted() {
     let (table, region) = table_with_region();
     #[allow(clippy::reversed_empty_ranges)] // That it is reversed is what is tested.
     for range in [0..BYTES + 1, BYTES + 1..BYTES + 1, 5..4, 0..u64::MAX] {
-        let granted = table.grant_write(region, vec![range]);
+        let granted = table.grant_write(region, vec![range], false);
         assert!(matches!(granted, Err(TransferError::OutOfBounds { .. })));
     }
     let unknown = RegionId(99);
     assert_eq!(
-        table.grant_write(unknown, vec![]),
+        table.grant_write(unknown, vec![], false),
         Err(TransferError::UnknownRegion { region: unknown })
     );
 }
@@ -51,7 +51,7 @@ fn ranges_outside_the_region_are_not_granted() {
 #[test]
 fn a_slice_whose_end_overflows_is_refused() {
     let (table, region) = table_with_region();
-    let write = table.grant_write(region, vec![0..BYTES]).unwrap();
+    let write = table.grant_write(region, vec![0..BYTES], false).unwrap();
     let read = table.expose_read(region).unwrap();
     for (key, direction) in [(write, Direction::Write), (read, Direction::Read)] {
         let grant = table.lookup(key).unwrap();
@@ -63,7 +63,7 @@ fn a_slice_whose_end_overflows_is_refused() {
 #[test]
 fn a_grant_is_for_one_direction() {
     let (table, region) = table_with_region();
-    let write = table.grant_write(region, vec![0..BYTES]).unwrap();
+    let write = table.grant_write(region, vec![0..BYTES], false).unwrap();
     let read = table.expose_read(region).unwrap();
     let admit = |key, direction| table.lookup(key).unwrap().admit(direction, [(0, 1)]);
     assert_eq!(admit(write, Direction::Read), Err(Refused::Denied));
@@ -85,10 +85,10 @@ fn unregistering_closes_the_grants_of_that_region_only() {
     let (table, region) = table_with_region();
     let other = table.register(HostMemory::allocate(64).unwrap()).unwrap();
     let gone = table
-        .lookup(table.grant_write(region, vec![0..9]).unwrap())
+        .lookup(table.grant_write(region, vec![0..9], false).unwrap())
         .unwrap();
     let kept = table
-        .lookup(table.grant_write(other, vec![0..9]).unwrap())
+        .lookup(table.grant_write(other, vec![0..9], false).unwrap())
         .unwrap();
     drop(table.unregister(region));
     assert!(gone.touch(|| ()).is_none());
@@ -111,7 +111,7 @@ fn secret_keys_do_not_repeat_and_do_not_count() {
 fn nothing_touches_memory_once_a_revocation_returned() {
     let (table, region) = table_with_region();
     for _ in 0..60 {
-        let key = table.grant_write(region, vec![0..BYTES]).unwrap();
+        let key = table.grant_write(region, vec![0..BYTES], false).unwrap();
         let grant = table.lookup(key).unwrap();
         let touches = AtomicU64::new(0);
         let revoked = AtomicBool::new(false);

@@ -9,15 +9,16 @@ use futures::future::BoxFuture;
 use prost::Message;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
-use types::{Epoch, Memory, MemoryKind};
+use types::{Checksum, Epoch, Memory, MemoryKind};
 
 use super::client::{Peer, within};
 use super::link::{Link, Pull};
 use super::linking;
 use super::messages::{self, Question, Response, Runs};
 use super::request::{Failure, Tries, receive_answer, violation};
+use super::stream::{self, Destination};
 use super::wire::{EXTRA_BYTES_MAX, Operation, RequestHead, Status};
-use super::{SCHEME, Shared, UCX, stream};
+use super::{SCHEME, Shared, UCX};
 use crate::TransferError;
 use crate::calls::{Answered, Call, Payload, pair, total};
 use crate::cursor::Cursor;
@@ -49,6 +50,14 @@ enum Attempt {
     Answered(Answered),
     /// The link does not work.
     Broken(String),
+}
+
+/// An answer, and what came with it in line.
+struct Reply {
+    response: Response,
+    received_bytes: u64,
+    /// Of the units that came, if they are wanted.
+    checksums: Vec<Checksum>,
 }
 
 /// See [`crate::Transport::call`].
@@ -179,11 +188,11 @@ impl Asking {
             });
         }
         let response = match self.exchange(shared, &question, None).await? {
-            (Status::NoLink, ..) => return broken(&"the peer has no such link"),
-            (Status::NotMoved, ..) => return broken(&"UCX failed at the peer"),
-            (status, response, _) => {
+            (Status::NoLink, _) => return broken(&"the peer has no such link"),
+            (Status::NotMoved, _) => return broken(&"UCX failed at the peer"),
+            (status, reply) => {
                 self.done_or_refused(status)?;
-                response
+                reply.response
             }
         };
         let (mut received_bytes, mut digest) = (0, bytes.unit_bytes.map(Digest::new));
@@ -221,17 +230,16 @@ impl Asking {
     /// The connection moves the bytes, if any.
     async fn in_line(&self, shared: &Shared) -> Result<Attempt, TransferError> {
         let question = self.question(0);
-        let (status, response, received_bytes) =
-            self.exchange(shared, &question, self.payload.as_ref()).await?;
+        let (status, reply) = self.exchange(shared, &question, self.payload.as_ref()).await?;
         if let Status::NoLink | Status::NotMoved = status {
             return Ok(Attempt::Broken("an answer about UCX to a call without it".into()));
         }
         self.done_or_refused(status)?;
         Ok(Attempt::Answered(Answered {
-            message: response.message,
-            received_bytes,
+            message: reply.response.message,
+            received_bytes: reply.received_bytes,
             mover: SCHEME,
-            checksums: Vec::new(),
+            checksums: reply.checksums,
         }))
     }
 
@@ -241,7 +249,7 @@ impl Asking {
         shared: &Shared,
         question: &Question,
         payload: Option<&Bytes>,
-    ) -> Result<(Status, Response, u64), TransferError> {
+    ) -> Result<(Status, Reply), TransferError> {
         let extra = question.encode_to_vec();
         let mut tries = Tries::new();
         loop {
@@ -260,7 +268,7 @@ impl Asking {
         extra: &[u8],
         spin: Duration,
         payload: Option<&Bytes>,
-    ) -> Result<(Status, Response, u64), Failure> {
+    ) -> Result<(Status, Reply), Failure> {
         let sent = payload.filter(|bytes| bytes.sent);
         let sent_bytes = sent.map_or(0, |bytes| total(&bytes.runs));
         let head = self.head(sent_bytes, extra);
@@ -276,16 +284,17 @@ impl Asking {
         self.receive(stream, &head, spin, room).await
     }
 
-    /// Takes the answer to its last byte, and says how many bytes came with it.
+    /// Takes the answer to its last byte, and what came with it.
     async fn receive(
         &self,
         stream: &TcpStream,
         head: &RequestHead,
         spin: Duration,
         room: Option<&Bytes>,
-    ) -> Result<(Status, Response, u64), Failure> {
+    ) -> Result<(Status, Reply), Failure> {
         let endpoint = &self.peer.endpoint;
-        let answer = receive_answer(stream, head, endpoint, spin).await?;
+        let moved_bytes = self.payload.as_ref().map_or(0, |bytes| total(&bytes.runs));
+        let answer = receive_answer(stream, head, endpoint, (spin, moved_bytes)).await?;
         let behind = answer.payload_bytes.checked_sub(answer.message_bytes);
         let room_bytes = room.map_or(0, |bytes| total(&bytes.runs));
         let behind = behind.filter(|bytes| *bytes <= room_bytes);
@@ -300,10 +309,17 @@ impl Asking {
         let mut message = vec![0; message_bytes];
         stream::receive_exact(stream, &mut message).await?;
         let response = messages::read(&message).map_err(|error| violation(endpoint, error.to_string()))?;
+        let mut digest = room.and_then(|bytes| bytes.unit_bytes).map(Digest::new);
         if let (Some(bytes), 1..) = (room, behind) {
-            stream::receive_payload(stream, &mut bytes.cursor(behind)?, None).await?;
+            let destination = Destination::Own(digest.as_mut());
+            stream::receive_payload(stream, &mut bytes.cursor(behind)?, destination).await?;
         }
-        Ok((answer.status, response, behind))
+        let reply = Reply {
+            response,
+            received_bytes: behind,
+            checksums: digest.map(Digest::finish).unwrap_or_default(),
+        };
+        Ok((answer.status, reply))
     }
 
     fn question(&self, link: u64) -> Question {

@@ -10,7 +10,7 @@ use super::Shared;
 use super::link::{Link, Pull};
 use super::messages::{self, Question, Response, Runs};
 use super::server::{ServeError, answer};
-use super::stream;
+use super::stream::{self, Destination};
 use super::wire::{AnswerHead, RequestHead, Status};
 use crate::calls::{CALL_BYTES_MAX, Place, Reply, pair, total};
 use crate::cursor::Cursor;
@@ -134,7 +134,8 @@ impl Asked<'_> {
                 let Some(mut cursor) = cursor(into, bytes) else {
                     return Ok(Err(Status::OutOfRange { slice: 0 }));
                 };
-                stream::receive_payload(self.connection, &mut cursor, None).await?;
+                let destination = Destination::Own(digest.as_mut());
+                stream::receive_payload(self.connection, &mut cursor, destination).await?;
                 stats.received_bytes.add(bytes);
                 self.discard(bytes).await?;
             }

@@ -9,10 +9,12 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, try_join_all};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use types::Checksum;
 
+use super::link::Link;
 use super::linking::{self, Linking};
 use super::request::{Job, request};
 use super::stream;
@@ -20,7 +22,7 @@ use super::wire::{self, Operation, PAYLOAD_BYTES_MAX};
 use super::{SCHEME, Shared, UCX};
 use crate::TransferError;
 use crate::barrier::Barrier;
-use crate::split::{Limits, split};
+use crate::split::{Limits, Part, split};
 use crate::stats::Stats;
 use crate::transport::{Slice, TransferBatch, TransferStats, check_batch};
 
@@ -183,7 +185,7 @@ async fn run(
     deadline: Instant,
 ) -> Result<(TransferStats, Vec<Checksum>), TransferError> {
     let begun = Instant::now();
-    // All in this task, so that dropping the future stops all of it at once.
+    let job = Arc::new(job);
     let moving = requests(shared, &job, slices);
     let (requests, bytes, checksums) = within(shared, &job.peer, deadline, moving).await?;
     let stats = TransferStats {
@@ -223,7 +225,7 @@ pub(super) async fn within<T>(
 /// copied here.
 async fn requests(
     shared: &Arc<Shared>,
-    job: &Job,
+    job: &Arc<Job>,
     slices: &[Slice],
 ) -> Result<(u64, u64, Vec<Checksum>), TransferError> {
     let link = linking::link(shared, &job.peer, &job.memory).await;
@@ -249,26 +251,18 @@ async fn requests(
     let parts = split(slices, limits);
     let requests = parts.len() as u64;
     let bytes = parts.iter().map(|part| part.bytes).sum();
-    let checksums: Vec<_> = parts.iter().map(|_| OnceLock::new()).collect();
-    // Joined as a list: `FuturesUnordered` wakes its task, and with it another worker, after every poll in which all
-    // of its futures wait.
-    let lanes = shared.config.connections_per_peer.get().min(parts.len());
-    let (next, link) = (AtomicUsize::new(0), link.as_ref());
-    let lanes = (0..lanes).map(|_| async {
-        loop {
-            let index = next.fetch_add(1, Relaxed);
-            let Some((part, checksums)) = parts.get(index).zip(checksums.get(index)) else {
-                return Ok::<_, TransferError>(());
-            };
-            let _only_time = checksums.set(request(shared, job, link, part).await?);
-        }
+    let count = shared.config.connections_per_peer.get().min(parts.len());
+    let lanes = Arc::new(Lanes {
+        shared: shared.clone(),
+        job: job.clone(),
+        link,
+        checksums: parts.iter().map(|_| OnceLock::new()).collect(),
+        parts,
+        next: AtomicUsize::new(0),
     });
-    try_join_all(lanes).await?;
-    let mut checksums: Vec<_> = checksums
-        .into_iter()
-        .filter_map(OnceLock::into_inner)
-        .flatten()
-        .collect();
+    lanes.run(count).await?;
+    let seen = lanes.checksums.iter().filter_map(OnceLock::get);
+    let mut checksums: Vec<_> = seen.flatten().copied().collect();
     if job
         .unit_bytes
         .is_none_or(|unit| checksums.len() as u64 * unit.get() != bytes)
@@ -276,6 +270,56 @@ async fn requests(
         checksums.clear();
     }
     Ok((requests, bytes, checksums))
+}
+
+/// The requests of a batch, which some lanes take in order.
+struct Lanes {
+    shared: Arc<Shared>,
+    job: Arc<Job>,
+    link: Option<Arc<Link>>,
+    parts: Vec<Part>,
+    /// Of each part.
+    checksums: Vec<OnceLock<Vec<Checksum>>>,
+    next: AtomicUsize,
+}
+
+impl Lanes {
+    /// Carries all of them out, in `count` lanes.
+    async fn run(self: &Arc<Self>, count: usize) -> Result<(), TransferError> {
+        if self.link.is_none() || self.job.operation == Operation::Write {
+            // Joined as a list: `FuturesUnordered` wakes its task, and with it another worker, after every poll in which
+            // all of its futures wait.
+            return try_join_all((0..count).map(|_| self.lane())).await.map(drop);
+        }
+        // Mapped memory is copied by whoever reads it: each lane may have a processor of its own. A batch that is dropped
+        // leaves its `Keep` to the tasks until they stop.
+        let task = |_| {
+            let lanes = self.clone();
+            async move { lanes.lane().await }
+        };
+        let mut others: JoinSet<_> = (1..count).map(task).collect();
+        let mut result = self.lane().await;
+        loop {
+            if result.is_err() {
+                others.abort_all();
+            }
+            match others.join_next().await {
+                None => return result,
+                Some(joined) => result = result.and(joined.unwrap_or(Err(TransferError::Closed))),
+            }
+        }
+    }
+
+    async fn lane(&self) -> Result<(), TransferError> {
+        loop {
+            let index = self.next.fetch_add(1, Relaxed);
+            let Some((part, checksums)) = self.parts.get(index).zip(self.checksums.get(index)) else {
+                return Ok(());
+            };
+            let done = request(&self.shared, &self.job, self.link.as_ref(), part).await?;
+            let _only_time = checksums.set(done);
+        }
+    }
 }
 
 impl Peers {

@@ -3,7 +3,7 @@
 //! Invariant: bytes are written to granted memory inside of the grant's gate, or under a hold of the grant; to memory
 //! of a batch of ours for as long as the batch's `Keep` is held.
 //!
-//! Elsewhere: who may (`region.rs`), how links come about (`linking.rs`, `server.rs`), the library (`ucx.rs`).
+//! Elsewhere: how bytes are copied (`copy.rs`), who may (`region.rs`), how links come about (`linking.rs`, `server.rs`), the library (`ucx.rs`).
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use types::{Memory, MemoryKind};
 
 use super::stream::Moved;
+use crate::copy::{self, Stores};
 use crate::digest::Digest;
 use crate::region::Grant;
 use crate::transport::Keep;
@@ -20,8 +21,7 @@ use crate::ucx::{Exposed, Peer, Run, UcxError, Window};
 
 /// Windows of one peer: one for its pool, and some for what is tested or was registered anew.
 const WINDOWS_MAX: usize = 8;
-/// Bounds the time of one copy, and with it the time for which a revocation waits. Of larger copies the C library takes
-/// some for too large for the caches, which is slower here: the bytes are read again.
+/// Bounds the time of one copy, and with it the time for which a revocation waits.
 const COPY_BYTES_MAX: usize = 64 << 10;
 /// Copies until other tasks of the thread get their turn, which costs it some of its caches. Less than a millisecond.
 const PAUSE_BYTES: usize = 4 << 20;
@@ -109,7 +109,7 @@ impl Link {
             )));
         }
         if pull.window.is_mapped() && pull.memory.kind() == MemoryKind::Host {
-            copy(pull, gone).await
+            copy_mapped(pull, gone).await
         } else {
             self.get(pull).await
         }
@@ -120,7 +120,8 @@ impl Link {
             None => None,
             Some(grant) => {
                 let peer = self.peer.clone();
-                let Some(hold) = grant.hold(Arc::new(move || peer.close())) else {
+                let bytes = pull.runs.iter().map(|(_, to, bytes)| (*to, *bytes));
+                let Some(hold) = grant.hold(bytes, Arc::new(move || peer.close())) else {
                     return Ok(Moved::Revoked);
                 };
                 Some(hold)
@@ -148,22 +149,42 @@ impl Drop for Link {
     }
 }
 
-async fn copy(mut pull: Pull<'_>, gone: impl Fn() -> bool) -> Result<Moved, UcxError> {
-    let base = pull.memory.base().as_ptr().expose_provenance();
+/// Different bytes that are written: as a batch may name a place more than once, at most its sum, and at most what it spans.
+fn touched_bytes(runs: &[(u64, u64, u64)]) -> u64 {
+    let first = runs.iter().map(|(_, to, _)| *to).min().unwrap_or(0);
+    let end = runs.iter().map(|(_, to, bytes)| to + bytes).max().unwrap_or(0);
+    let sum = runs.iter().map(|(_, _, bytes)| bytes).sum();
+    (end - first).min(sum)
+}
+
+async fn copy_mapped(mut pull: Pull<'_>, gone: impl Fn() -> bool) -> Result<Moved, UcxError> {
+    let stores = Stores::of_copy(touched_bytes(pull.runs));
     let mut since_pause = 0;
     for (from, to, bytes) in pull.runs {
         let bytes = *bytes as usize;
         let mut done = 0;
         while done < bytes {
+            let offset = to + done as u64;
+            let landing = pull.grant.and_then(|grant| grant.landing(offset));
             let part = (bytes - done).min(COPY_BYTES_MAX).min(PAUSE_BYTES - since_pause);
+            let part = landing.map_or(part, |landing| part.min(landing.left(offset)));
             let digest = pull.digest.as_deref_mut();
             let copied = || {
+                let Some(source) = pull.window.mapped(from + done as u64, part as u64) else {
+                    return false;
+                };
+                let target = pull.memory.base().as_ptr().wrapping_add(offset as usize);
                 // SAFETY: the run is inside of the memory (the caller's promise). Nobody else uses it: a grant's memory
-                // is the peer's while its gate is open, and a batch's while its future lives.
+                // is the peer's while its gate is open, and a batch's while its future lives. The source is mapped. The peer may
+                // change it meanwhile, and checksums tell.
                 unsafe {
-                    pull.window
-                        .copy(from + done as u64, base + *to as usize + done, part, digest)
+                    match (landing, digest) {
+                        (Some(landing), _) => landing.take(offset, source, target, part, stores),
+                        (None, Some(digest)) => digest.take(source, target, part, stores),
+                        (None, None) => copy::plain(source, target, part, stores),
+                    }
                 }
+                true
             };
             let copied = match pull.grant {
                 None => copied(),

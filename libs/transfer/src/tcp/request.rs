@@ -16,7 +16,7 @@ use super::Shared;
 use super::client::{Connection, Peer};
 use super::link::{Link, Pull};
 use super::messages::{self, Source, Visit};
-use super::stream;
+use super::stream::{self, Destination};
 use super::wire::{ANSWER_HEAD_BYTES, AnswerHead, EXTRA_BYTES_MAX, Operation, RequestHead, Status};
 use crate::TransferError;
 use crate::cursor::Cursor;
@@ -100,7 +100,7 @@ async fn request_on(
 ) -> Result<Answered, TransferError> {
     let remote = &job.remote;
     let mut tries = Tries::new();
-    let (status, answer) = loop {
+    let (status, answer, checksums) = loop {
         let connection = job.peer.connection(shared).await?;
         let tried = try_on(shared, job, link, part, connection.stream()?).await;
         if let Some(settled) = tries.settle(connection, tried) {
@@ -116,7 +116,7 @@ async fn request_on(
                 Err(error) => Answered::Broken(error.to_string()),
             })
         }
-        (_, status) => done_or_refused(status, remote, &part.slices).map(|()| Answered::Done(Vec::new())),
+        (_, status) => done_or_refused(status, remote, &part.slices).map(|()| Answered::Done(checksums)),
     }
 }
 
@@ -126,18 +126,30 @@ async fn try_on(
     link: Option<&Arc<Link>>,
     part: &Part,
     stream: &TcpStream,
-) -> Result<(Status, Vec<u8>), Failure> {
+) -> Result<(Status, Vec<u8>, Vec<Checksum>), Failure> {
     let (remote, spin) = (&job.remote, shared.config.ucx.spin);
     let Some(link) = link else {
         let mut cursor = job.cursor(part).map_err(Failure::Final)?;
         let head = job.head(job.operation, part, 0);
-        let status = exchange(stream, &head, &part.slices, &mut cursor, remote, spin).await?;
-        return Ok((status, Vec::new()));
+        let mut digest = job.unit_bytes.map(Digest::new);
+        let destination = Destination::Own(digest.as_mut());
+        let status = exchange(
+            stream,
+            &head,
+            &part.slices,
+            (&mut cursor, destination),
+            remote,
+            spin,
+        )
+        .await?;
+        let checksums = digest.map(Digest::finish).unwrap_or_default();
+        return Ok((status, Vec::new(), checksums));
     };
     let (operation, extra) = job.by_ucx(shared, link, part).map_err(Failure::Final)?;
     let extra_bytes = u32::try_from(extra.len()).unwrap_or(u32::MAX);
     let head = job.head(operation, part, extra_bytes);
-    ask(stream, &remote.endpoint, &head, &part.slices, &extra, spin).await
+    let (status, behind) = ask(stream, &remote.endpoint, &head, &part.slices, &extra, spin).await?;
+    Ok((status, behind, Vec::new()))
 }
 
 /// A request may be tried once more if it failed on a connection that had served before: most likely the peer closed that
@@ -263,7 +275,7 @@ pub(super) async fn ask(
 ) -> Result<(Status, Vec<u8>), Failure> {
     let table = slices.iter().map(|slice| (slice.remote_offset, slice.len));
     stream::send_head(stream, &head.encode(table, extra)).await?;
-    let answer = receive_answer(stream, head, endpoint, spin).await?;
+    let answer = receive_answer(stream, head, endpoint, (spin, head.payload_bytes)).await?;
     let follows = usize::try_from(answer.payload_bytes).unwrap_or(usize::MAX);
     if follows > EXTRA_BYTES_MAX {
         return Err(violation(
@@ -281,7 +293,7 @@ async fn exchange(
     stream: &TcpStream,
     head: &RequestHead,
     slices: &[Slice],
-    cursor: &mut Cursor,
+    (cursor, destination): (&mut Cursor, Destination<'_>),
     remote: &RemoteRegion,
     spin: Duration,
 ) -> Result<Status, Failure> {
@@ -292,7 +304,8 @@ async fn exchange(
     } else {
         stream::send_head(stream, &request).await?;
     }
-    let answer = receive_answer(stream, head, &remote.endpoint, spin).await?;
+    let waiting = (spin, head.payload_bytes);
+    let answer = receive_answer(stream, head, &remote.endpoint, waiting).await?;
     let follows = match (head.operation, answer.status) {
         (Operation::Read, Status::Done) => head.payload_bytes,
         _ => 0,
@@ -304,7 +317,7 @@ async fn exchange(
         ));
     }
     if follows > 0 {
-        stream::receive_payload(stream, cursor, None).await?;
+        stream::receive_payload(stream, cursor, destination).await?;
     }
     Ok(answer.status)
 }
@@ -313,9 +326,9 @@ pub(super) async fn receive_answer(
     stream: &TcpStream,
     head: &RequestHead,
     endpoint: &str,
-    spin: Duration,
+    (spin, bytes): (Duration, u64),
 ) -> Result<AnswerHead, Failure> {
-    stream::spin_for_readable(stream, spin).await;
+    stream::spin_for_readable(stream, spin, bytes).await;
     let mut answer = [0; ANSWER_HEAD_BYTES];
     stream::receive_exact(stream, &mut answer).await?;
     let answer = AnswerHead::decode(&answer).map_err(|error| violation(endpoint, error.to_string()))?;

@@ -11,7 +11,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use types::{ErrorCode, MemoryKind};
 
-use super::stream::{self, Moved};
+use super::stream::{self, Destination, Moved};
 use super::wire::{
     AnswerHead, EXTRA_BYTES_MAX, Operation, REQUEST_HEAD_BYTES, RequestHead, SLICES_MAX, Status,
     TABLE_ENTRY_BYTES, WireError,
@@ -107,11 +107,11 @@ async fn serve_requests(shared: &Arc<Shared>, connection: &TcpStream) -> Result<
             Err(_) | Ok(Ok(0)) => return Ok(()),
             Ok(received) => received?,
         };
-        let mut hot = false;
+        let mut hot_bytes = None;
         let request = async {
             stream::receive_exact(connection, &mut head[received..]).await?;
             let head = RequestHead::decode(&head)?;
-            hot = head.operation != Operation::Introduce;
+            hot_bytes = Some(head.payload_bytes).filter(|_| head.operation != Operation::Introduce);
             serve_request(shared, connection, &head, &mut scratch).await
         };
         let introduced = timeout(shared.config.request_timeout, request)
@@ -124,8 +124,8 @@ async fn serve_requests(shared: &Arc<Shared>, connection: &TcpStream) -> Result<
             return Ok(());
         }
         // Who moves bytes by UCX often asks again at once.
-        if hot {
-            stream::spin_for_readable(connection, shared.config.ucx.spin).await;
+        if let Some(bytes) = hot_bytes {
+            stream::spin_for_readable(connection, shared.config.ucx.spin, bytes).await;
         }
     }
 }
@@ -219,7 +219,7 @@ async fn receive_write(
         }
     };
     Ok(
-        match stream::receive_payload(connection, &mut cursor, Some(&grant)).await? {
+        match stream::receive_payload(connection, &mut cursor, Destination::Granted(&grant)).await? {
             Moved::All => Status::Done,
             Moved::Revoked => {
                 stream::discard(connection, cursor.remaining(), scratch).await?;

@@ -9,13 +9,20 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
+use crate::copy::Stores;
 use crate::cursor::Cursor;
+use crate::digest::Digest;
 use crate::region::Grant;
 
 /// A host that vanished is noticed within 10 s + 3 × 5 s, also on a connection without requests.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_PROBES: u32 = 3;
+
+/// What moves no more than this is answered, or followed by the next request, in less time than a wake-up takes.
+const PROMPT_BYTES_MAX: u64 = 128 << 10;
+/// How many times as long the next step of it is waited for without sleeping.
+const PROMPT_SPINS: u32 = 4;
 
 /// How a payload ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,9 +69,15 @@ pub(crate) async fn receive_some(stream: &TcpStream, bytes: &mut [u8]) -> io::Re
     }
 }
 
-/// Waits for something to receive without sleeping, for at most `spin`: other tasks run meanwhile, but a processor that
-/// has nothing else to do does not halt, which on virtual machines takes longer than a transfer of mapped memory.
-pub(crate) async fn spin_for_readable(stream: &TcpStream, spin: Duration) {
+/// Waits for something to receive without sleeping, for at most `spin`, and longer where few `bytes` are moved: other tasks run
+/// meanwhile, but a processor that has nothing else to do does not halt, which on virtual machines takes longer than a transfer
+/// of mapped memory.
+pub(crate) async fn spin_for_readable(stream: &TcpStream, spin: Duration, bytes: u64) {
+    let spin = if bytes <= PROMPT_BYTES_MAX {
+        spin * PROMPT_SPINS
+    } else {
+        spin
+    };
     let begun = Instant::now();
     let mut byte = [MaybeUninit::uninit()];
     while begun.elapsed() < spin {
@@ -98,16 +111,44 @@ pub(crate) async fn discard(stream: &TcpStream, mut count: u64, scratch: &mut [u
     Ok(())
 }
 
-/// Receives into the cursor's memory to its end, as far as `grant` allows it.
+/// Whose memory a payload goes to.
+pub(crate) enum Destination<'a> {
+    /// That of a peer's grant, which must be open, and whose landings see what comes.
+    Granted(&'a Grant),
+    /// This node's own. The digest sees what comes, if there is one.
+    Own(Option<&'a mut Digest>),
+}
+
+impl Destination<'_> {
+    fn receive(&mut self, stream: &TcpStream, cursor: &mut Cursor) -> io::Result<Option<usize>> {
+        match self {
+            Self::Granted(grant) => {
+                let received = || cursor.receive(stream.as_fd(), |offset, bytes| grant.landed(offset, bytes));
+                grant.touch(received).transpose()
+            }
+            Self::Own(None) => cursor.receive(stream.as_fd(), |_, _| {}).map(Some),
+            Self::Own(Some(digest)) => {
+                let memory = cursor.memory().clone();
+                let landed = |offset: u64, bytes: u64| {
+                    let at = memory.base().as_ptr().wrapping_add(offset as usize);
+                    // SAFETY: the cursor's spans are inside of the memory, and nothing is stored.
+                    unsafe { digest.take(at, at, bytes as usize, Stores::None) };
+                };
+                cursor.receive(stream.as_fd(), landed).map(Some)
+            }
+        }
+    }
+}
+
+/// Receives into the cursor's memory to its end, as far as its owner allows it. What comes is shown to whoever hashes it while it
+/// is in the nearest cache.
 pub(crate) async fn receive_payload(
     stream: &TcpStream,
     cursor: &mut Cursor,
-    grant: Option<&Grant>,
+    mut into: Destination<'_>,
 ) -> io::Result<Moved> {
     while cursor.remaining() > 0 {
-        let received = stream.async_io(Interest::READABLE, || {
-            within(grant, || cursor.receive(stream.as_fd()))
-        });
+        let received = stream.async_io(Interest::READABLE, || into.receive(stream, cursor));
         match received.await? {
             Some(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Some(_) => {}

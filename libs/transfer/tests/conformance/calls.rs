@@ -24,7 +24,7 @@ const UNIT_BYTES: u64 = 1500;
 /// The checksums of the whole units that `kind` has seen.
 fn seen(kind: Kind, bytes: &[u8]) -> Vec<Checksum> {
     let units = bytes.chunks_exact(UNIT_BYTES as usize).map(Checksum::of);
-    units.filter(|_| kind == Kind::Ucx).collect()
+    units.filter(|_| kind.shows_bytes()).collect()
 }
 
 impl Calls for Shelf {

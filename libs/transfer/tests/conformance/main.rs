@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroU64;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,6 +32,13 @@ enum Kind {
     Ucx,
     /// The same with nothing but TCP, where UCX moves bytes by its own gets as it does over a network card.
     UcxGets,
+}
+
+impl Kind {
+    /// Whether bytes pass through this processor where they land, so that they are hashed on their way.
+    fn shows_bytes(self) -> bool {
+        matches!(self, Self::Tcp | Self::Ucx)
+    }
 }
 
 /// Whether the library is here. Tests of UCX say that they skip where it is not.
@@ -200,12 +208,23 @@ fn a_write_lands_exactly_and_touches_nothing_else(
             let ranges = slices
                 .iter()
                 .map(|slice| slice.remote_offset..slice.remote_offset + slice.len);
-            let grant = pair.far.grant_write(pair.far_region, ranges.collect()).unwrap();
+            let ranges: Vec<_> = ranges.collect();
+            let grant = pair.far.grant_write_hashed(pair.far_region, ranges.clone());
+            let grant = grant.unwrap();
             let bytes: u64 = slices.iter().map(|slice| slice.len).sum();
             let done = pair.near.write(pair.batch(&grant, slices), soon()).await.unwrap();
             assert_eq!(done.bytes, bytes);
             assert!(all(&*pair.far_memory) == expected);
             assert!(all(&*pair.near_memory) == source);
+            let seen = pair.far.revoke_hashed(&grant).await;
+            let held = |range: &Range<u64>| Checksum::of(&expected[range.start as usize..range.end as usize]);
+            if kind.shows_bytes() && done.requests < 2 {
+                let held: Vec<_> = ranges.iter().map(|range| Some(held(range))).collect();
+                assert_eq!(seen, held);
+            }
+            for (range, seen) in ranges.iter().zip(seen) {
+                assert!(seen.is_none_or(|seen| seen == held(range)));
+            }
         },
     );
 }
@@ -235,9 +254,10 @@ fn a_read_fetches_exactly_and_touches_nothing_else(
             .collect();
         let unit_bytes = NonZeroU64::new(bytes.len() as u64).unwrap_or(NonZeroU64::MIN);
         let batch = pair.batch(&exposed, slices);
-        let (_, checksums) = pair.near.read_hashed(batch, unit_bytes, soon()).await.unwrap();
-        let copied_here = kind == Kind::Ucx && !bytes.is_empty();
-        assert_eq!(checksums, copied_here.then(|| Checksum::of(&bytes)).as_slice());
+        let (done, checksums) = pair.near.read_hashed(batch, unit_bytes, soon()).await.unwrap();
+        // Requests share no unit.
+        let shown = kind.shows_bytes() && done.requests == 1;
+        assert_eq!(checksums, shown.then(|| Checksum::of(&bytes)).as_slice());
         assert!(all(&*pair.near_memory) == expected);
         assert!(all(&*pair.far_memory) == source);
     });
