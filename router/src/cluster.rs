@@ -351,6 +351,7 @@ impl Cluster {
     }
 
     fn views(&self, space: &KvSpace) -> Vec<NodeView> {
+        let pressures = self.costs.pressures();
         let of_space = |member: &&Member| member.record.kv_space.as_ref() == Some(space);
         let view = |member: &Member| {
             let id = &member.record.id;
@@ -362,7 +363,7 @@ impl Cluster {
                 draining: self.costs.last_report(id).is_some_and(|report| report.draining),
                 context_tokens_max: member.record.context_tokens_max,
                 rates: self.costs.rates(id),
-                pressure: self.costs.pressure(id),
+                pressure: pressures.get(id).copied().unwrap_or_default(),
             }
         };
         self.members.values().filter(of_space).map(view).collect()

@@ -256,26 +256,34 @@ impl CostModel {
         self.ledger.remove(&id);
     }
 
-    /// How busy `node` is.
-    pub fn pressure(&self, node: &NodeId) -> Pressure {
-        let report = self.reports.get(node).copied().unwrap_or_default();
-        let mut pressure = Pressure {
+    /// How busy each node is of which anything is known.
+    pub fn pressures(&self) -> HashMap<&NodeId, Pressure> {
+        let reported = |report: &LoadReport| Pressure {
             queued_prefill_tokens: report.queued_prefill_tokens,
             running_sequences: report.running_sequences,
             placed_sequences: 0,
             available_blocks: report.free_blocks + report.evictable_blocks,
         };
-        for entry in self.ledger.values() {
-            if !entry.prefill_known && entry.placed.prefill == *node {
-                pressure.queued_prefill_tokens += entry.placed.prefill_tokens;
+        let reports = self.reports.iter();
+        let mut pressures: HashMap<_, _> = reports.map(|(node, report)| (node, reported(report))).collect();
+        for LedgerEntry {
+            placed,
+            prefill_known,
+            decode_known,
+            ..
+        } in self.ledger.values()
+        {
+            if !prefill_known {
+                let prefill = pressures.entry(&placed.prefill).or_default();
+                prefill.queued_prefill_tokens += placed.prefill_tokens;
             }
-            if !entry.decode_known && entry.placed.decode == *node {
-                pressure.placed_sequences += 1;
-                let available = pressure.available_blocks;
-                pressure.available_blocks = available.saturating_sub(entry.placed.decode_blocks);
+            if !decode_known {
+                let decode = pressures.entry(&placed.decode).or_default();
+                decode.placed_sequences += 1;
+                decode.available_blocks = decode.available_blocks.saturating_sub(placed.decode_blocks);
             }
         }
-        pressure
+        pressures
     }
 
     /// The speeds of `node`: measured, or borrowed from its peers, or assumed.

@@ -11,22 +11,23 @@
 //!
 //! Invariant: a node that is unreachable, draining, excluded or too small for the prompt is in no candidate.
 //! Pure and deterministic: equal problems give equal placements, in every router.
+//!
+//! Elsewhere: what a candidate costs (`placement/weigh.rs`), which one is picked (`policy.rs`).
 
-use std::cmp::Reverse;
+mod weigh;
+
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use types::{BlockHash, Millis, NodeId, Role, Slo};
 
 use crate::cost::{Prediction, Pressure, Priors, Rates};
 use crate::index::Match;
 use crate::policy::Policy;
+use weigh::{Prefilling, Weighing};
 
 /// Peers named as sources of one prefix: the best one, and some to fall back on.
 pub const SOURCES_MAX: usize = 4;
-
-/// Prompt tokens that a decode node computes per step beside its running sequences. The node's own default; only the
-/// prediction rests on it.
-const LOCAL_STEP_TOKENS: u64 = 256;
 
 /// What an operator may want otherwise.
 #[derive(Debug, Clone, PartialEq)]
@@ -141,7 +142,7 @@ pub struct Candidate {
     /// Who decodes.
     pub decode: NodeId,
     /// Where the prefill gets the blocks that it lacks, best first. Empty if computing them is quicker.
-    pub sources: Vec<Source>,
+    pub sources: Arc<[Source]>,
     /// Tokens that are computed.
     pub new_tokens: u64,
     /// Blocks that the request takes on the decode node beyond those it holds.
@@ -220,18 +221,20 @@ pub fn place(problem: &Problem<'_>, policy: &mut dyn Policy) -> Result<Explanati
             None => group.push(node),
         }
     }
-    let longest = policy.fetches_longest();
+    let weighing = Weighing::new(problem, policy.prefixes());
+    let prefills: Vec<Prefilling<'_>> = prefills
+        .into_iter()
+        .map(|node| weighing.prefilling(node))
+        .collect();
     let mut candidates = Vec::with_capacity((prefills.len() + 1) * decodes.len());
-    for decode in &decodes {
-        let mut local = weigh(problem, None, decode, longest);
+    for node in decodes {
+        let decode = weighing.decoding(node);
+        let mut local = weighing.local(&weighing.prefilling(node), &decode);
         if !prefills.is_empty() && local.new_tokens > problem.settings.local_prefill_tokens_max {
             local.objection = Some(Objection::LocalPrefillTooLong);
         }
         candidates.push(local);
-        let remote = prefills
-            .iter()
-            .map(|prefill| weigh(problem, Some(prefill), decode, longest));
-        candidates.extend(remote);
+        candidates.extend(prefills.iter().map(|engine| weighing.remote(engine, &decode)));
     }
     match policy.choose(problem, &candidates) {
         Some(chosen) => Ok(Explanation {
@@ -256,174 +259,6 @@ fn exclusion(problem: &Problem<'_>, node: &NodeView) -> Option<Exclusion> {
     } else {
         None
     }
-}
-
-/// Works out one candidate. `longest` takes the longest prefix wherever it is; else whatever is quickest.
-fn weigh(problem: &Problem<'_>, prefill: Option<&NodeView>, decode: &NodeView, longest: bool) -> Candidate {
-    let engine = prefill.unwrap_or(decode);
-    let prefix = quickest_prefix(problem, engine, longest);
-    let queue = Millis(engine.pressure.queued_prefill_tokens as f64 * engine.rates.prefill_ms_per_token);
-    let batch = decode.pressure.running_sequences;
-    let running = batch + decode.pressure.placed_sequences;
-    let tbt = decode.rates.step(batch, decode.pressure.placed_sequences + 1);
-    let decode_held = held(problem, &decode.id);
-
-    let (compute, handoff, interference) = match prefill {
-        Some(prefill) => (
-            prefix.compute,
-            unhidden_handoff(problem, prefill, decode, prefix.compute),
-            0.0,
-        ),
-        None => {
-            let steps = prefix.new_tokens.div_ceil(LOCAL_STEP_TOKENS);
-            let shared = if running > 0 {
-                steps as f64 * decode.rates.decode_step_ms
-            } else {
-                0.0
-            };
-            let delay = prefix.compute.0 * running as f64;
-            (prefix.compute + Millis(shared), Millis(0.0), delay)
-        }
-    };
-    let prediction = Prediction::of(queue, prefix.promote, prefix.fetch, compute, handoff);
-    let settings = problem.settings;
-    let charges = settings.interference_weight * interference + settings.decode_gap_weight * tbt.0;
-    let blocks = problem.prompt_tokens.div_ceil(problem.shape.block_tokens);
-    let mut candidate = Candidate {
-        prefill: prefill.map(|node| node.id.clone()),
-        decode: decode.id.clone(),
-        sources: prefix.sources,
-        new_tokens: prefix.new_tokens,
-        decode_blocks: blocks.saturating_sub(decode_held as u64),
-        prediction,
-        tbt,
-        score: prediction.total + Millis(charges),
-        objection: None,
-    };
-    candidate.objection = objection(problem, decode, &candidate);
-    candidate
-}
-
-fn objection(problem: &Problem<'_>, decode: &NodeView, candidate: &Candidate) -> Option<Objection> {
-    let above = |value: Millis, limit: Option<Millis>| limit.is_some_and(|limit| value > limit);
-    if candidate.decode_blocks > decode.pressure.available_blocks {
-        Some(Objection::ShortOfBlocks)
-    } else if above(candidate.prediction.total, problem.slo.ttft) {
-        Some(Objection::MissesTtft)
-    } else if above(candidate.tbt, problem.slo.tbt) {
-        Some(Objection::MissesTbt)
-    } else {
-        None
-    }
-}
-
-/// How an engine gets its prefix.
-struct Prefix {
-    sources: Vec<Source>,
-    new_tokens: u64,
-    promote: Millis,
-    fetch: Millis,
-    compute: Millis,
-}
-
-impl Prefix {
-    fn total(&self) -> Millis {
-        self.promote + self.fetch + self.compute
-    }
-}
-
-fn quickest_prefix(problem: &Problem<'_>, engine: &NodeView, longest: bool) -> Prefix {
-    let own = held(problem, &engine.id);
-    // An engine asks its own disk before it asks a peer.
-    let promote = promotion(problem, engine, 0);
-    let without = prefix_of(problem, engine, own, Vec::new(), (promote, Millis(0.0)));
-    let sources = sources(problem, engine, own);
-    let Some(best) = sources.first() else {
-        return without;
-    };
-    let bytes = (best.blocks - own) as u64 * problem.shape.block_tokens * problem.shape.token_bytes;
-    let source = problem.nodes.iter().find(|node| node.id == best.node);
-    let slower = source.map_or(engine.rates.transfer(bytes), |source| {
-        transfer(source, engine, bytes)
-    });
-    let fetch = slower + Millis(problem.priors.fetch_fixed_ms);
-    let promote = promote + source.map_or(Millis(0.0), |source| promotion(problem, source, own));
-    let with = prefix_of(problem, engine, best.blocks, sources, (promote, fetch));
-    if longest || with.total() < without.total() {
-        with
-    } else {
-        without
-    }
-}
-
-fn prefix_of(
-    problem: &Problem<'_>,
-    engine: &NodeView,
-    blocks: usize,
-    sources: Vec<Source>,
-    (promote, fetch): (Millis, Millis),
-) -> Prefix {
-    // The last token is always computed: its logits give the first token.
-    let cached = (blocks as u64 * problem.shape.block_tokens).min(problem.prompt_tokens - 1);
-    let new_tokens = problem.prompt_tokens - cached;
-    Prefix {
-        sources,
-        new_tokens,
-        promote,
-        fetch,
-        compute: engine.rates.compute(new_tokens, cached),
-    }
-}
-
-/// What `holder` takes to read from its disk what it has there only, beyond the first `known` blocks of the prompt.
-fn promotion(problem: &Problem<'_>, holder: &NodeView, known: usize) -> Millis {
-    let found = found(problem, &holder.id);
-    let blocks = found.map_or(0, |found| found.blocks.saturating_sub(found.in_memory.max(known)));
-    let bytes = blocks as u64 * problem.shape.block_tokens * problem.shape.token_bytes;
-    holder.rates.promote(bytes)
-}
-
-/// Peers that hold more of the prefix than `engine` does, longest first, and of equals that with more of it in memory. A
-/// draining node still serves what it holds.
-fn sources(problem: &Problem<'_>, engine: &NodeView, own: usize) -> Vec<Source> {
-    let usable = |found: &&Match| {
-        let view = problem.nodes.iter().find(|node| node.id == found.node);
-        found.blocks > own
-            && found.node != engine.id
-            && !problem.excluded.contains(&found.node)
-            && view.is_some_and(|node| node.readable)
-    };
-    let mut usable: Vec<&Match> = problem.matches.iter().filter(usable).collect();
-    usable.sort_by_key(|found| (Reverse((found.blocks, found.in_memory)), &found.node));
-    let source = |found: &&Match| Source {
-        node: found.node.clone(),
-        blocks: found.blocks,
-    };
-    usable.iter().take(SOURCES_MAX).map(source).collect()
-}
-
-fn held(problem: &Problem<'_>, node: &NodeId) -> usize {
-    found(problem, node).map_or(0, |found| found.blocks)
-}
-
-fn found<'a>(problem: &Problem<'a>, node: &NodeId) -> Option<&'a Match> {
-    problem.matches.iter().find(|found| found.node == *node)
-}
-
-/// The part of the handoff that computing does not hide. Layers are pushed as they are computed, so at the least the
-/// last one is waited for; where the wire is slower than the engine, the difference is.
-fn unhidden_handoff(problem: &Problem<'_>, prefill: &NodeView, decode: &NodeView, compute: Millis) -> Millis {
-    let held_tokens = held(problem, &decode.id) as u64 * problem.shape.block_tokens;
-    let bytes = problem.prompt_tokens.saturating_sub(held_tokens) * problem.shape.token_bytes;
-    let moving = transfer(prefill, decode, bytes).0;
-    let exposed = (moving - compute.0).max(moving / problem.shape.layers.max(1) as f64);
-    Millis(exposed + problem.priors.handoff_fixed_ms)
-}
-
-/// A transfer is as fast as the slower of its ends.
-fn transfer(from: &NodeView, to: &NodeView, bytes: u64) -> Millis {
-    let (a, b) = (from.rates.transfer(bytes), to.rates.transfer(bytes));
-    if a > b { a } else { b }
 }
 
 fn reasons(excluded: &[(NodeId, Exclusion)]) -> String {

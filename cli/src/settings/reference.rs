@@ -181,7 +181,8 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
         &[
             (
                 "policy",
-                "`perigee` (least predicted time), `round_robin` or `random`.",
+                "How nodes are chosen: `perigee` (least predicted time). For comparison: `kv_centric` (Algorithm 1 of the \
+                 Mooncake paper), `local_cache_aware`, `least_loaded`, `dynamo`, `round_robin` or `random`.",
             ),
             (
                 "local_prefill_tokens_max",

@@ -288,6 +288,66 @@ fn round_robin_serves_the_second_turn_on_other_nodes_and_fetches_the_prefix() {
     assert_eq!(second.new_tokens, 200 - 64);
 }
 
+/// The prefill node of a request of which `p0` holds 40 blocks and `p1` 10, where `p0` has a queue of so many tokens.
+fn prefill_of(name: PolicyName, queued_prefill_tokens: u64) -> (String, usize, u64) {
+    let mut nodes = cluster();
+    nodes[0].pressure.queued_prefill_tokens = queued_prefill_tokens;
+    let mut case = Case::of(60 * 32);
+    case.matches = vec![("p0", 40), ("p1", 10)];
+    let placed = case.place(&nodes, name.build().as_mut()).expect("free");
+    let choice = placed.choice();
+    let prefill = choice.prefill.as_ref().expect("a node for prefill is there");
+    (prefill.to_string(), choice.sources.len(), choice.new_tokens)
+}
+
+#[test]
+fn the_policies_of_the_paper_differ_in_what_they_make_of_load_and_prefixes() {
+    use PolicyName::{Dynamo, KvCentric, LeastLoaded, LocalCacheAware};
+    let at = |node: &str, sources, new_blocks: u64| (node.to_owned(), sources, new_blocks * 32);
+    for idle in [KvCentric, LocalCacheAware, Dynamo] {
+        assert_eq!(
+            prefill_of(idle, 0),
+            at("p0", 0, 20),
+            "{idle:?} goes where the prefix is"
+        );
+    }
+    // Busier than the prefix is worth.
+    for queued in [40 * 32, 100_000] {
+        assert_eq!(
+            prefill_of(KvCentric, queued),
+            at("p1", 1, 20),
+            "fetched, and so spread"
+        );
+        assert_eq!(prefill_of(LocalCacheAware, queued), at("p1", 0, 50));
+        assert_eq!(prefill_of(Dynamo, queued), at("p1", 0, 50));
+    }
+    assert_eq!(prefill_of(LeastLoaded, 1), at("p1", 0, 50), "whatever it holds");
+}
+
+#[test]
+fn a_prefix_that_is_not_much_longer_is_not_fetched_by_the_policy_of_the_paper() {
+    let mut nodes = cluster();
+    nodes[0].pressure.queued_prefill_tokens = 100_000;
+    for (own, fetched) in [(10, true), (30, false)] {
+        let mut case = Case::of(60 * 32);
+        case.matches = vec![("p0", 40), ("p1", own)];
+        let placed = case.place(&nodes, PolicyName::KvCentric.build().as_mut());
+        assert_eq!(
+            !placed.expect("free").choice().sources.is_empty(),
+            fetched,
+            "{own} blocks"
+        );
+    }
+}
+
+#[test]
+fn dynamo_decodes_where_most_blocks_are_free() {
+    let mut nodes = cluster();
+    nodes[2].pressure.available_blocks = 500;
+    let placed = Case::of(1000).place(&nodes, PolicyName::Dynamo.build().as_mut());
+    assert_eq!(placed.expect("free").choice().decode.as_str(), "d1");
+}
+
 #[test]
 fn equal_requests_meet_and_different_ones_spread() {
     let nodes = cluster();
@@ -347,7 +407,7 @@ proptest! {
         nodes in random_cluster(),
         prompt_tokens in 1u64..6000,
         key: u8,
-        name in prop_oneof![Just(PolicyName::Perigee), Just(PolicyName::RoundRobin), Just(PolicyName::Random)],
+        name in prop::sample::select(PolicyName::ALL.to_vec()),
     ) {
         let mut case = Case::of(prompt_tokens);
         case.key = key;

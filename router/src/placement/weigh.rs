@@ -1,0 +1,262 @@
+//! What each candidate costs.
+//!
+//! What a node does as the prefilling end of a candidate, and as the decoding end, is worked out once per node; a candidate
+//! combines two of them. A decision over 60 prefill nodes and 40 decode nodes weighs 2,440 candidates, which must not each
+//! look through all nodes and all matches.
+
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use types::{Millis, NodeId};
+
+use super::{Candidate, NodeView, Objection, Problem, SOURCES_MAX, Source};
+use crate::cost::Prediction;
+use crate::index::Match;
+use crate::policy::Prefixes;
+
+/// Prompt tokens that a decode node computes per step beside its running sequences. The node's own default; only the
+/// prediction rests on it.
+const LOCAL_STEP_TOKENS: u64 = 256;
+
+/// One problem, by node.
+pub(super) struct Weighing<'a> {
+    problem: &'a Problem<'a>,
+    prefixes: Prefixes,
+    nodes: HashMap<&'a NodeId, &'a NodeView>,
+    matches: HashMap<&'a NodeId, &'a Match>,
+    /// Of nodes that may be read from, longest first, and of equals that with more of it in memory. A draining node still
+    /// serves what it holds.
+    readable: Vec<&'a Match>,
+}
+
+/// A node as the end that prefills.
+pub(super) struct Prefilling<'a> {
+    node: &'a NodeView,
+    queue: Millis,
+    prefix: Prefix,
+}
+
+/// A node as the end that decodes.
+pub(super) struct Decoding<'a> {
+    node: &'a NodeView,
+    tbt: Millis,
+    /// Blocks beyond those that it holds.
+    blocks: u64,
+    /// What a prefill node would have to move there.
+    handoff_bytes: u64,
+}
+
+/// How an engine gets its prefix.
+struct Prefix {
+    sources: Arc<[Source]>,
+    new_tokens: u64,
+    promote: Millis,
+    fetch: Millis,
+    compute: Millis,
+}
+
+impl Prefix {
+    fn total(&self) -> Millis {
+        self.promote + self.fetch + self.compute
+    }
+}
+
+impl<'a> Weighing<'a> {
+    pub(super) fn new(problem: &'a Problem<'a>, prefixes: Prefixes) -> Self {
+        let nodes: HashMap<_, _> = problem.nodes.iter().map(|node| (&node.id, node)).collect();
+        let matches = problem.matches.iter().map(|found| (&found.node, found)).collect();
+        let is_readable = |found: &&Match| {
+            let node = nodes.get(&found.node);
+            node.is_some_and(|node| node.readable) && !problem.excluded.contains(&found.node)
+        };
+        let mut readable: Vec<_> = problem.matches.iter().filter(is_readable).collect();
+        readable.sort_by_key(|found| (Reverse((found.blocks, found.in_memory)), &found.node));
+        Self {
+            problem,
+            prefixes,
+            nodes,
+            matches,
+            readable,
+        }
+    }
+
+    pub(super) fn prefilling(&self, node: &'a NodeView) -> Prefilling<'a> {
+        let queued = node.pressure.queued_prefill_tokens as f64;
+        Prefilling {
+            node,
+            queue: Millis(queued * node.rates.prefill_ms_per_token),
+            prefix: self.prefix(node),
+        }
+    }
+
+    pub(super) fn decoding(&self, node: &'a NodeView) -> Decoding<'a> {
+        let (problem, pressure) = (self.problem, &node.pressure);
+        let held = self.held(&node.id) as u64;
+        let blocks = problem.prompt_tokens.div_ceil(problem.shape.block_tokens);
+        let held_tokens = held * problem.shape.block_tokens;
+        Decoding {
+            node,
+            tbt: node
+                .rates
+                .step(pressure.running_sequences, pressure.placed_sequences + 1),
+            blocks: blocks.saturating_sub(held),
+            handoff_bytes: problem.prompt_tokens.saturating_sub(held_tokens) * problem.shape.token_bytes,
+        }
+    }
+
+    /// `decode` prefills by itself, as what `engine` says.
+    pub(super) fn local(&self, engine: &Prefilling<'_>, decode: &Decoding<'_>) -> Candidate {
+        let pressure = &decode.node.pressure;
+        let running = pressure.running_sequences + pressure.placed_sequences;
+        let steps = engine.prefix.new_tokens.div_ceil(LOCAL_STEP_TOKENS);
+        let shared = match running {
+            0 => 0.0,
+            _ => steps as f64 * decode.node.rates.decode_step_ms,
+        };
+        let interference = engine.prefix.compute.0 * running as f64;
+        let compute = engine.prefix.compute + Millis(shared);
+        self.candidate(None, engine, decode, (compute, Millis(0.0), interference))
+    }
+
+    /// `engine` prefills for `decode`.
+    pub(super) fn remote(&self, engine: &Prefilling<'_>, decode: &Decoding<'_>) -> Candidate {
+        let handoff = self.unhidden_handoff(engine, decode);
+        let prefill = Some(engine.node.id.clone());
+        self.candidate(prefill, engine, decode, (engine.prefix.compute, handoff, 0.0))
+    }
+
+    fn candidate(
+        &self,
+        prefill: Option<NodeId>,
+        engine: &Prefilling<'_>,
+        decode: &Decoding<'_>,
+        (compute, handoff, interference): (Millis, Millis, f64),
+    ) -> Candidate {
+        let Prefix {
+            sources,
+            new_tokens,
+            promote,
+            fetch,
+            ..
+        } = &engine.prefix;
+        let prediction = Prediction::of(engine.queue, *promote, *fetch, compute, handoff);
+        let settings = self.problem.settings;
+        let charges = settings.interference_weight * interference + settings.decode_gap_weight * decode.tbt.0;
+        Candidate {
+            prefill,
+            decode: decode.node.id.clone(),
+            sources: sources.clone(),
+            new_tokens: *new_tokens,
+            decode_blocks: decode.blocks,
+            prediction,
+            tbt: decode.tbt,
+            score: prediction.total + Millis(charges),
+            objection: self.objection(prediction.total, decode),
+        }
+    }
+
+    fn objection(&self, ttft: Millis, decode: &Decoding<'_>) -> Option<Objection> {
+        let above = |value: Millis, limit: Option<Millis>| limit.is_some_and(|limit| value > limit);
+        if decode.blocks > decode.node.pressure.available_blocks {
+            Some(Objection::ShortOfBlocks)
+        } else if above(ttft, self.problem.slo.ttft) {
+            Some(Objection::MissesTtft)
+        } else if above(decode.tbt, self.problem.slo.tbt) {
+            Some(Objection::MissesTbt)
+        } else {
+            None
+        }
+    }
+
+    fn prefix(&self, engine: &NodeView) -> Prefix {
+        let own = self.held(&engine.id);
+        // An engine asks its own disk before it asks a peer.
+        let promote = self.promotion(engine, 0);
+        let without = self.prefix_of(engine, own, Arc::default(), (promote, Millis(0.0)));
+        if self.prefixes == Prefixes::Own {
+            return without;
+        }
+        let sources = self.sources(engine, own);
+        let Some(best) = sources.first().map(|best| best.blocks) else {
+            return without;
+        };
+        let source = self.nodes.get(&sources[0].node).copied();
+        let fetch = source.map_or(Millis(0.0), |source| {
+            transfer(source, engine, self.bytes(best - own))
+        });
+        let fetch = fetch + Millis(self.problem.priors.fetch_fixed_ms);
+        let promote = promote + source.map_or(Millis(0.0), |source| self.promotion(source, own));
+        let with = self.prefix_of(engine, best, sources, (promote, fetch));
+        let fetches = match self.prefixes {
+            Prefixes::Own => false,
+            Prefixes::Longest => true,
+            Prefixes::Quickest => with.total() < without.total(),
+            Prefixes::Balanced(threshold) => best as f64 > threshold * own as f64,
+        };
+        if fetches { with } else { without }
+    }
+
+    fn prefix_of(
+        &self,
+        engine: &NodeView,
+        blocks: usize,
+        sources: Arc<[Source]>,
+        (promote, fetch): (Millis, Millis),
+    ) -> Prefix {
+        let problem = self.problem;
+        // The last token is always computed: its logits give the first token.
+        let cached = (blocks as u64 * problem.shape.block_tokens).min(problem.prompt_tokens - 1);
+        let new_tokens = problem.prompt_tokens - cached;
+        Prefix {
+            sources,
+            new_tokens,
+            promote,
+            fetch,
+            compute: engine.rates.compute(new_tokens, cached),
+        }
+    }
+
+    /// What `holder` takes to read from its disk what it has there only, beyond the first `known` blocks of the prompt.
+    fn promotion(&self, holder: &NodeView, known: usize) -> Millis {
+        let found = self.matches.get(&holder.id);
+        let blocks = found.map_or(0, |found| found.blocks.saturating_sub(found.in_memory.max(known)));
+        holder.rates.promote(self.bytes(blocks))
+    }
+
+    /// Peers that hold more of the prefix than `engine` does, best first.
+    fn sources(&self, engine: &NodeView, own: usize) -> Arc<[Source]> {
+        let longer = self.readable.iter().take_while(|found| found.blocks > own);
+        longer
+            .filter(|found| found.node != engine.id)
+            .take(SOURCES_MAX)
+            .map(|found| Source {
+                node: found.node.clone(),
+                blocks: found.blocks,
+            })
+            .collect()
+    }
+
+    fn held(&self, node: &NodeId) -> usize {
+        self.matches.get(node).map_or(0, |found| found.blocks)
+    }
+
+    fn bytes(&self, blocks: usize) -> u64 {
+        blocks as u64 * self.problem.shape.block_tokens * self.problem.shape.token_bytes
+    }
+
+    /// The part of the handoff that computing does not hide. Layers are pushed as they are computed, so at the least the
+    /// last one is waited for; where the wire is slower than the engine, the difference is.
+    fn unhidden_handoff(&self, engine: &Prefilling<'_>, decode: &Decoding<'_>) -> Millis {
+        let moving = transfer(engine.node, decode.node, decode.handoff_bytes).0;
+        let layers = self.problem.shape.layers.max(1) as f64;
+        let exposed = (moving - engine.prefix.compute.0).max(moving / layers);
+        Millis(exposed + self.problem.priors.handoff_fixed_ms)
+    }
+}
+
+/// A transfer is as fast as the slower of its ends.
+fn transfer(from: &NodeView, to: &NodeView, bytes: u64) -> Millis {
+    let (a, b) = (from.rates.transfer(bytes), to.rates.transfer(bytes));
+    if a > b { a } else { b }
+}
