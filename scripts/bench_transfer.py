@@ -59,8 +59,9 @@ def cases(quick):
         shapes = [(size, 1, flight) for size in SIZES for flight in (1, 4) if size < 64 * MIB] + [(64 * MIB, 1, 1)]
         shapes += [(size, slices, flight) for size, slices in BATCHES for flight in (1, 4)]
         shapes += [(size, 16, flight) for size in MOONCAKE_BLOCKS for flight in (1, 4)]
-    # What a stream of puts or gets of one size is to ucx_perftest; one place for each of two processors fits their caches.
-    shapes += [(size, slices, 2, True) for size, slices in ((256 * KIB, 16), (MIB, 8))]
+    # What a stream of puts or gets of one size is to ucx_perftest: enough of them to keep two processors busy, at places that
+    # fit their caches, as its one buffer does.
+    shapes += [(256 * KIB, 16, 4, True), (MIB, 8, 2, True)]
     return [Case(op, *shape) for op in ("write", "read") for shape in dict.fromkeys(shapes)]
 
 
@@ -83,10 +84,10 @@ def cheapest(samples):
     return min(sample[COST] for sample in samples)
 
 
-# Blocks of 1 MiB, a few at a time, as a layer group of a prompt has them.
-VERIFIED = [Case(op, MIB, 4, 1) for op in ("write", "read")]
+# Blocks of 1 MiB, as many as a prompt of 512 tokens has. Every batch of writes ends with a message and a grant.
+VERIFIED = [Case(op, MIB, 16, 1) for op in ("write", "read")]
 # Pools are larger than caches: both ends walk over 192 MiB, so that every block comes from memory.
-VERIFIED_PLACES = 48
+VERIFIED_PLACES = 12
 
 
 def collect(found, wanted, rounds, seconds):

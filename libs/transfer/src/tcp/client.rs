@@ -286,13 +286,14 @@ struct Lanes {
 impl Lanes {
     /// Carries all of them out, in `count` lanes.
     async fn run(self: &Arc<Self>, count: usize) -> Result<(), TransferError> {
-        if self.link.is_none() || self.job.operation == Operation::Write {
+        let works_here = self.link.is_some() || self.job.unit_bytes.is_some();
+        if !works_here || self.job.operation == Operation::Write {
             // Joined as a list: `FuturesUnordered` wakes its task, and with it another worker, after every poll in which
             // all of its futures wait.
             return try_join_all((0..count).map(|_| self.lane())).await.map(drop);
         }
-        // Mapped memory is copied by whoever reads it: each lane may have a processor of its own. A batch that is dropped
-        // leaves its `Keep` to the tasks until they stop.
+        // Mapped memory is copied by whoever reads it, and so are bytes hashed: each lane may have a processor of its own. A
+        // batch that is dropped leaves its `Keep` to the tasks until they stop.
         let task = |_| {
             let lanes = self.clone();
             async move { lanes.lane().await }
