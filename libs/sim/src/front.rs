@@ -9,6 +9,7 @@ use router::admission::Admission;
 use router::cluster::{Assignment, Cluster, Query};
 use router::cost::PlacementId;
 use router::placement::NoPlacement;
+use router::policy::Policy;
 use types::{Epoch, KvSpace, LoadReport, NodeId, NodeRecord};
 
 /// The model's name and digest in simulated registries.
@@ -24,8 +25,8 @@ pub trait Front {
     fn logged(&mut self, node: &NodeId, batch: Batch);
     /// Both streams from a node broke.
     fn lost(&mut self, node: &NodeId, epoch: Epoch);
-    /// Places a request.
-    fn place(&mut self, query: &Query<'_>, now: Instant) -> Result<Assignment, NoPlacement>;
+    /// Places the request with this index among those of the workload.
+    fn place(&mut self, request: usize, query: &Query<'_>, now: Instant) -> Result<Assignment, NoPlacement>;
     /// The first token of a placement came.
     fn prefilled(&mut self, id: PlacementId);
     /// A placement ended.
@@ -45,13 +46,18 @@ pub struct Direct {
 impl Direct {
     /// A router that knows nobody yet.
     pub fn new(config: &router::Config) -> Self {
+        Self::with_policy(config, config.policy.build())
+    }
+
+    /// The same with a policy that no configuration names.
+    pub fn with_policy(config: &router::Config, policy: Box<dyn Policy>) -> Self {
         Self {
             cluster: Cluster::new(
                 MODEL,
                 MODEL,
                 config.index_entries_max,
                 config.priors(),
-                config.policy.build(),
+                policy,
                 config.placement(),
             ),
             admission: Admission::new(config.limits()),
@@ -84,7 +90,7 @@ impl Front for Direct {
         self.cluster.log_stream_ended(node, epoch);
     }
 
-    fn place(&mut self, query: &Query<'_>, now: Instant) -> Result<Assignment, NoPlacement> {
+    fn place(&mut self, _: usize, query: &Query<'_>, now: Instant) -> Result<Assignment, NoPlacement> {
         let space: Option<KvSpace> = self.cluster.kv_space();
         let space = space.ok_or_else(|| NoPlacement { excluded: Vec::new() })?;
         self.cluster.place(&space, query, now)

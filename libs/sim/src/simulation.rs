@@ -352,7 +352,7 @@ impl<'a> Simulation<'a> {
             draw,
         };
         let router = &mut self.routers[state.router];
-        let Ok(assignment) = router.place(&query, now) else {
+        let Ok(assignment) = router.place(request, &query, now) else {
             return self.wait_for_nodes(request);
         };
         let choice = assignment.explanation.choice().clone();
