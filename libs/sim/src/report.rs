@@ -34,6 +34,8 @@ pub struct Report {
     pub duration_s: f64,
     /// Milliseconds to the first token, of the served ones.
     pub ttft_ms: Summary,
+    /// The same as its percentiles from 1 to 100.
+    pub ttft_percentiles_ms: Vec<f64>,
     /// Milliseconds between tokens, of all gaps.
     pub tbt_ms: Summary,
     /// Mean of each request's longest tenth of gaps, in milliseconds.
@@ -149,6 +151,7 @@ impl Report {
             arrivals_s,
             duration_s: outcomes.duration_s,
             ttft_ms: Summary::of(each(|served| served.ttft_ms).collect()),
+            ttft_percentiles_ms: percentiles(each(|served| served.ttft_ms).collect()),
             tbt_ms: Summary::of(outcomes.gaps_ms.iter().map(|gap| f64::from(*gap)).collect()),
             tbt_tail_ms: Summary::of(each(|served| served.tbt_tail_ms).collect()),
             hit_ratio: ratio(served.iter().map(|(_, served)| served.cached_tokens).sum()),
@@ -175,12 +178,12 @@ impl Summary {
         let Some(max) = values.last().copied() else {
             return Self::default();
         };
-        let rank = |share: f64| values[((values.len() as f64 * share).ceil() as usize).max(1) - 1];
+        let rank = |percent| nearest_rank(&values, percent);
         Self {
             mean: mean(values.iter().copied()),
-            p50: rank(0.5),
-            p90: rank(0.9),
-            p99: rank(0.99),
+            p50: rank(50),
+            p90: rank(90),
+            p99: rank(99),
             max,
         }
     }
@@ -213,6 +216,19 @@ impl NodeReport {
             decoded_tokens: node.decoded_tokens,
         }
     }
+}
+
+fn percentiles(mut values: Vec<f64>) -> Vec<f64> {
+    values.sort_unstable_by(f64::total_cmp);
+    if values.is_empty() {
+        return values;
+    }
+    (1..=100).map(|percent| nearest_rank(&values, percent)).collect()
+}
+
+/// Of sorted values, of which there is one at least.
+fn nearest_rank(sorted: &[f64], percent: usize) -> f64 {
+    sorted[(sorted.len() * percent).div_ceil(100).max(1) - 1]
 }
 
 /// 0 of nothing.
