@@ -231,7 +231,7 @@ fn a_live_router_and_the_simulated_one_place_a_thousand_requests_alike() {
             let placements = placements.lock().expect("one thread").clone();
             (placements, outcomes)
         };
-        let (simulated, outcomes) = run(Box::new(Direct::new(&scenario.router)));
+        let (simulated, outcomes) = run(Box::new(Direct::new(&scenario)));
         let (live, live_outcomes) = run(Box::new(Live::new(&scenario.router, prompts)));
         assert_eq!(simulated.len(), REQUESTS);
         let fetches = simulated.iter().filter(|(_, _, _, sources)| !sources.is_empty());

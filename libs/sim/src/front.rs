@@ -12,6 +12,9 @@ use router::placement::NoPlacement;
 use router::policy::Policy;
 use types::{Epoch, KvSpace, LoadReport, NodeId, NodeRecord};
 
+use crate::reference::Reference;
+use crate::scenario::Scenario;
+
 /// The model's name and digest in simulated registries.
 pub const MODEL: &str = "simulated";
 
@@ -41,16 +44,17 @@ pub struct Direct {
     cluster: Cluster,
     admission: Admission,
     followers: BTreeMap<NodeId, Follower>,
+    reference: Option<Reference>,
 }
 
 impl Direct {
-    /// A router that knows nobody yet.
-    pub fn new(config: &router::Config) -> Self {
-        Self::with_policy(config, config.policy.build())
-    }
-
-    /// The same with a policy that no configuration names.
-    pub fn with_policy(config: &router::Config, policy: Box<dyn Policy>) -> Self {
+    /// A router of the scenario that knows nobody yet.
+    pub fn new(scenario: &Scenario) -> Self {
+        let config = &scenario.router;
+        let policy: Box<dyn Policy> = match scenario.reference {
+            Some(reference) => Box::new(reference),
+            None => config.policy.build(),
+        };
         Self {
             cluster: Cluster::new(
                 MODEL,
@@ -62,7 +66,17 @@ impl Direct {
             ),
             admission: Admission::new(config.limits()),
             followers: BTreeMap::new(),
+            reference: scenario.reference,
         }
+    }
+
+    /// Whether a reference takes the prefix from its best holder.
+    fn fetches(&self, reference: Reference, query: &Query<'_>, assignment: &Assignment) -> bool {
+        let prefill = assignment.prefill.as_ref().unwrap_or(&assignment.decode);
+        let matches = self.cluster.index().match_prefix(query.hashes);
+        let own = matches.iter().find(|found| found.node == prefill.id);
+        let best = matches.first().map_or(0, |found| found.blocks);
+        reference.fetches(own.map_or(0, |found| found.blocks), best)
     }
 }
 
@@ -93,7 +107,13 @@ impl Front for Direct {
     fn place(&mut self, _: usize, query: &Query<'_>, now: Instant) -> Result<Assignment, NoPlacement> {
         let space: Option<KvSpace> = self.cluster.kv_space();
         let space = space.ok_or_else(|| NoPlacement { excluded: Vec::new() })?;
-        self.cluster.place(&space, query, now)
+        let mut assignment = self.cluster.place(&space, query, now)?;
+        if let Some(reference) = self.reference
+            && !self.fetches(reference, query, &assignment)
+        {
+            assignment.sources.clear();
+        }
+        Ok(assignment)
     }
 
     fn prefilled(&mut self, id: PlacementId) {

@@ -1,6 +1,6 @@
 //! Clusters in virtual time, over the code that serves.
 //!
-//! - [`simulation`]: requests through routers, prefill and decode nodes; [`front`]: its routers;
+//! - [`simulation`]: requests through routers, prefill and decode nodes; [`front`]: its routers; [`reference`]: others' schedulers;
 //! - [`scenario`], [`profile`], [`workload`] and [`trace`]: what is simulated, as data;
 //! - [`report`]: what came of it; [`plot`]: the same as a picture; [`sweep`]: the best of several clusters;
 //! - [`cooperation`]: pools that hold blocks for each other, without time.
@@ -10,6 +10,7 @@ pub mod front;
 pub mod plot;
 mod pool;
 pub mod profile;
+pub mod reference;
 pub mod report;
 pub mod scenario;
 pub mod simulation;

@@ -1,5 +1,6 @@
 //! What came of a simulation, in the figures that people compare.
 
+use router::policy::Policy;
 use serde::Serialize;
 use types::Role;
 
@@ -140,7 +141,10 @@ impl Report {
         let shape = &scenario.cluster;
         Self {
             name: scenario.name.clone(),
-            policy: scenario.router.policy.build().name().to_owned(),
+            policy: match scenario.reference {
+                Some(reference) => reference.name().to_owned(),
+                None => scenario.router.policy.build().name().to_owned(),
+            },
             seed: scenario.seed,
             prefill_nodes: shape.prefill_nodes,
             decode_nodes: shape.decode_nodes,

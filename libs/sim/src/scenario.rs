@@ -6,6 +6,7 @@ use kv_store::Eviction;
 use serde::{Deserialize, Serialize};
 
 use crate::profile::Profile;
+use crate::reference::Reference;
 use crate::workload::{Workload, WorkloadError};
 
 /// Most nodes of a simulated cluster.
@@ -25,6 +26,8 @@ pub struct Scenario {
     pub cluster: Shape,
     /// The routers' settings.
     pub router: router::Config,
+    /// A scheduler to compare with, in place of the routers' policy.
+    pub reference: Option<Reference>,
     /// The requests.
     pub workload: Workload,
     /// The limits.
@@ -159,6 +162,7 @@ impl Default for Scenario {
             profile: "llama-3-70b-8xa800".to_owned(),
             cluster: Shape::default(),
             router: router::Config::default(),
+            reference: None,
             workload: Workload::default(),
             slo: Limits::default(),
             failures: Vec::new(),

@@ -130,8 +130,7 @@ struct Simulation<'a> {
 
 /// Runs the requests, which are in the order of their coming, to their ends.
 pub fn run(scenario: &Scenario, profile: &Profile, requests: &[Request]) -> Outcomes {
-    let config = &scenario.router;
-    run_with(scenario, profile, requests, || Box::new(Direct::new(config)))
+    run_with(scenario, profile, requests, || Box::new(Direct::new(scenario)))
 }
 
 /// The same with routers that the caller makes.
