@@ -324,6 +324,10 @@ impl Cluster {
 
     fn assign(&mut self, explanation: Explanation, now: Instant) -> Assignment {
         let choice = explanation.choice();
+        if let Some(prefill) = &choice.prefill {
+            self.costs
+                .learn_context(prefill, choice.new_tokens, choice.prediction.compute);
+        }
         let record = |id: &NodeId| {
             let member = self.members.get(id).expect("placement chooses among members");
             member.record.clone()
@@ -363,6 +367,7 @@ impl Cluster {
                 context_tokens_max: member.record.context_tokens_max,
                 rates: self.costs.rates(id),
                 pressure: self.costs.pressure(id),
+                context_factor: self.costs.context_factor(),
             }
         };
         self.members.values().filter(of_space).map(view).collect()

@@ -4,10 +4,11 @@
 //! ("local"): conditional disaggregation is one more candidate of the same formula. For each one the prediction of
 //! `cost.rs` is worked out, with the prefix fetched from a peer where that beats computing it; a [`Policy`] then picks.
 //!
-//! A local prefill shares its engine with running sequences: each of them waits for every chunk. That is
-//! charged to the candidate's score, and beyond [`Settings::local_prefill_tokens_max`] new tokens a decode node prefills only
-//! where no prefill node can: a long prompt on an idle decode node would be the quickest choice for itself and the worst for
-//! whoever comes next.
+//! A local prefill shares its engine with running sequences: each of them waits for every chunk. Where the request names a limit
+//! on gaps, and a step with a chunk beside it keeps that, nobody is harmed: the decode node is one more place to prefill.
+//! Elsewhere the delay is charged to the candidate's score, and beyond [`Settings::local_prefill_tokens_max`] new tokens a decode
+//! node prefills only where no prefill node can: a long prompt on an idle decode node would be the quickest choice for itself and
+//! the worst for whoever comes next.
 //!
 //! Invariant: a node that is unreachable, draining, excluded or too small for the prompt is in no candidate.
 //! Pure and deterministic: equal problems give equal placements, in every router.
@@ -31,10 +32,12 @@ const LOCAL_STEP_TOKENS: u64 = 256;
 /// What an operator may want otherwise.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
-    /// Most new prompt tokens that a decode node prefills by itself while a prefill node could. Short extensions (the next
-    /// turn of a conversation) cost less there than a handoff does; one step of the decode node holds them.
+    /// Most new prompt tokens that a decode node prefills by itself while a prefill node could, if that breaks the limit on gaps
+    /// or there is none; 0: it never does. Short extensions (the next turn of a conversation) cost less there than a handoff
+    /// does; one step of the decode node holds them.
     pub local_prefill_tokens_max: u64,
-    /// Milliseconds of time to first token that one millisecond of delay of one running sequence is worth.
+    /// Milliseconds of time to first token that one millisecond of delay of one running sequence is worth, if that breaks the
+    /// limit on gaps or there is none.
     pub interference_weight: f64,
     /// Milliseconds of time to first token that one millisecond of gap between this request's tokens is worth. Small: it
     /// spreads decodes over equal nodes without outweighing a cached prefix.
@@ -73,6 +76,8 @@ pub struct NodeView {
     pub rates: Rates,
     /// How busy it is.
     pub pressure: Pressure,
+    /// What a queued token takes, as a multiple of one without context.
+    pub context_factor: f64,
 }
 
 /// The size of KV.
@@ -224,7 +229,9 @@ pub fn place(problem: &Problem<'_>, policy: &mut dyn Policy) -> Result<Explanati
     let mut candidates = Vec::with_capacity((prefills.len() + 1) * decodes.len());
     for decode in &decodes {
         let mut local = weigh(problem, None, decode, longest);
-        if !prefills.is_empty() && local.new_tokens > problem.settings.local_prefill_tokens_max {
+        let most = problem.settings.local_prefill_tokens_max;
+        let harmless = most > 0 && keeps_gaps(problem, decode, local.new_tokens);
+        if !prefills.is_empty() && local.new_tokens > most && !harmless {
             local.objection = Some(Objection::LocalPrefillTooLong);
         }
         candidates.push(local);
@@ -262,7 +269,8 @@ fn exclusion(problem: &Problem<'_>, node: &NodeView) -> Option<Exclusion> {
 fn weigh(problem: &Problem<'_>, prefill: Option<&NodeView>, decode: &NodeView, longest: bool) -> Candidate {
     let engine = prefill.unwrap_or(decode);
     let prefix = quickest_prefix(problem, engine, longest);
-    let queue = Millis(engine.pressure.queued_prefill_tokens as f64 * engine.rates.prefill_ms_per_token);
+    let queued_tokens = engine.pressure.queued_prefill_tokens as f64;
+    let mut queue = Millis(queued_tokens * engine.rates.prefill_ms_per_token * engine.context_factor);
     let batch = decode.pressure.running_sequences;
     let running = batch + decode.pressure.placed_sequences;
     let tbt = decode.rates.step(batch, decode.pressure.placed_sequences + 1);
@@ -275,14 +283,18 @@ fn weigh(problem: &Problem<'_>, prefill: Option<&NodeView>, decode: &NodeView, l
             0.0,
         ),
         None => {
-            let steps = prefix.new_tokens.div_ceil(LOCAL_STEP_TOKENS);
-            let shared = if running > 0 {
-                steps as f64 * decode.rates.decode_step_ms
-            } else {
-                0.0
+            let shared = |tokens: u64| match running {
+                0 => 0.0,
+                _ => tokens.div_ceil(LOCAL_STEP_TOKENS) as f64 * decode.rates.decode_step_ms,
             };
-            let delay = prefix.compute.0 * running as f64;
-            (prefix.compute + Millis(shared), Millis(0.0), delay)
+            // Whatever waits there shares its steps, too.
+            queue = queue + Millis(shared(decode.pressure.queued_prefill_tokens));
+            let delay = match keeps_gaps(problem, decode, prefix.new_tokens) {
+                true => 0.0,
+                false => prefix.compute.0 * running as f64,
+            };
+            let compute = prefix.compute + Millis(shared(prefix.new_tokens));
+            (compute, Millis(0.0), delay)
         }
     };
     let prediction = Prediction::of(queue, prefix.promote, prefix.fetch, compute, handoff);
@@ -302,6 +314,20 @@ fn weigh(problem: &Problem<'_>, prefill: Option<&NodeView>, decode: &NodeView, l
     };
     candidate.objection = objection(problem, decode, &candidate);
     candidate
+}
+
+/// Whether the node's sequences keep the request's limit on gaps while it computes `new` tokens of the prompt beside them.
+fn keeps_gaps(problem: &Problem<'_>, decode: &NodeView, new: u64) -> bool {
+    let pressure = decode.pressure;
+    let step = decode
+        .rates
+        .step(pressure.running_sequences, pressure.placed_sequences + 1);
+    let chunk = new.min(LOCAL_STEP_TOKENS);
+    // The last chunk attends to most.
+    let beside = decode
+        .rates
+        .compute(chunk, problem.prompt_tokens.saturating_sub(chunk));
+    problem.slo.tbt.is_some_and(|limit| step + beside <= limit)
 }
 
 fn objection(problem: &Problem<'_>, decode: &NodeView, candidate: &Candidate) -> Option<Objection> {
