@@ -11,6 +11,7 @@ use crate::cache::CacheCommand;
 use crate::output::Format;
 use crate::pull::PullArgs;
 use crate::settings::Transport;
+use crate::sim::SimCommand;
 
 /// KV-cache-centric serving of language models: prefill, decode, a distributed KV store, and a router.
 #[derive(Debug, Parser)]
@@ -63,6 +64,9 @@ pub(crate) enum Command {
     /// The cached blocks of all nodes
     #[command(subcommand)]
     Cache(CacheCommand),
+    /// Clusters in virtual time
+    #[command(subcommand)]
+    Sim(SimCommand),
     /// Models on this machine
     #[command(subcommand)]
     Model(ModelCommand),

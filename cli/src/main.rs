@@ -14,6 +14,7 @@ mod output;
 mod pull;
 mod roles;
 mod settings;
+mod sim;
 mod status;
 mod transfers;
 mod up;
@@ -86,6 +87,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Transfer(TransferCommand::List) => block_on(transfers::list(&router, output)),
         Command::Transfer(TransferCommand::Test(flags)) => block_on(transfers::test(flags, &router, output)),
         Command::Cache(command) => block_on(cache::run(command, &router, output)),
+        Command::Sim(command) => sim::run(command, output),
         Command::Node(NodeCommand::List) => block_on(status::nodes(&router, output)),
         Command::Model(ModelCommand::Pull(flags)) => pull::pull(&flags, output),
         Command::Model(ModelCommand::List) => pull::list(output),

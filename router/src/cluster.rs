@@ -324,6 +324,10 @@ impl Cluster {
 
     fn assign(&mut self, explanation: Explanation, now: Instant) -> Assignment {
         let choice = explanation.choice();
+        if let Some(prefill) = &choice.prefill {
+            self.costs
+                .learn_context(prefill, choice.new_tokens, choice.prediction.compute);
+        }
         let record = |id: &NodeId| {
             let member = self.members.get(id).expect("placement chooses among members");
             member.record.clone()
@@ -351,7 +355,7 @@ impl Cluster {
     }
 
     fn views(&self, space: &KvSpace) -> Vec<NodeView> {
-        let pressures = self.costs.pressures();
+        let (pressures, context_factor) = (self.costs.pressures(), self.costs.context_factor());
         let of_space = |member: &&Member| member.record.kv_space.as_ref() == Some(space);
         let view = |member: &Member| {
             let id = &member.record.id;
@@ -364,6 +368,7 @@ impl Cluster {
                 context_tokens_max: member.record.context_tokens_max,
                 rates: self.costs.rates(id),
                 pressure: pressures.get(id).copied().unwrap_or_default(),
+                context_factor,
             }
         };
         self.members.values().filter(of_space).map(view).collect()

@@ -28,6 +28,9 @@ const LEDGER_ENTRIES_MAX: usize = 4_096;
 /// proportional to this plus `b`.
 const HALF_FIXED_BATCH: f64 = 8.0;
 
+/// What is kept, of the sums behind [`CostModel::context_factor`], when a prompt is added: some hundred prompts count.
+const CONTEXT_KEPT: f64 = 0.99;
+
 /// What is assumed before anything was measured, and what no report says.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Priors {
@@ -180,6 +183,8 @@ pub struct CostModel {
     reports: HashMap<NodeId, LoadReport>,
     ledger: HashMap<PlacementId, LedgerEntry>,
     next_placement: u64,
+    /// Milliseconds that recent prompts were predicted to compute, and what they would without context.
+    computed_ms: (f64, f64),
 }
 
 impl CostModel {
@@ -190,12 +195,31 @@ impl CostModel {
             reports: HashMap::new(),
             ledger: HashMap::new(),
             next_placement: 0,
+            computed_ms: (0.0, 0.0),
         }
     }
 
     /// What is assumed where nothing was measured.
     pub fn priors(&self) -> &Priors {
         &self.priors
+    }
+
+    /// A prompt was placed on `node`, whose `new_tokens` are predicted to compute for so long.
+    pub fn learn_context(&mut self, node: &NodeId, new_tokens: u64, compute: Millis) {
+        let without = self.rates(node).prefill_ms_per_token * new_tokens as f64;
+        let (with, sum) = self.computed_ms;
+        self.computed_ms = (with * CONTEXT_KEPT + compute.0, sum * CONTEXT_KEPT + without);
+    }
+
+    /// What a queued token takes, as a multiple of one without context. Reports say how many tokens queue, and not behind how
+    /// many others each of them is; recent prompts tell that.
+    pub fn context_factor(&self) -> f64 {
+        let (with, without) = self.computed_ms;
+        if without > 0.0 {
+            (with / without).max(1.0)
+        } else {
+            1.0
+        }
     }
 
     /// Takes in a node's report, which from now on speaks for what was placed there before.

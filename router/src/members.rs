@@ -25,7 +25,7 @@ use types::{Error, ErrorCode, NodeId, NodeRecord};
 use crate::cluster::{Change, Cluster};
 
 /// How often nodes report their load. Twice within a fast decode step would tell nothing new.
-const REPORT_INTERVAL: Duration = Duration::from_millis(50);
+pub const REPORT_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Silence after which a node counts as unreachable: reports come every [`REPORT_INTERVAL`], so this is far beyond what a busy
 /// machine delays them.

@@ -4,10 +4,11 @@
 //! ("local"): conditional disaggregation is one more candidate of the same formula. For each one the prediction of
 //! `cost.rs` is worked out, with the prefix fetched from a peer where that beats computing it; a [`Policy`] then picks.
 //!
-//! A local prefill shares its engine with running sequences: each of them waits for every chunk. That is
-//! charged to the candidate's score, and beyond [`Settings::local_prefill_tokens_max`] new tokens a decode node prefills only
-//! where no prefill node can: a long prompt on an idle decode node would be the quickest choice for itself and the worst for
-//! whoever comes next.
+//! A local prefill shares its engine with running sequences: each of them waits for every chunk. Where the request names a limit
+//! on gaps, and a step with a chunk beside it keeps that, nobody is harmed: the decode node is one more place to prefill.
+//! Elsewhere the delay is charged to the candidate's score, and beyond [`Settings::local_prefill_tokens_max`] new tokens a decode
+//! node prefills only where no prefill node can: a long prompt on an idle decode node would be the quickest choice for itself and
+//! the worst for whoever comes next.
 //!
 //! Invariant: a node that is unreachable, draining, excluded or too small for the prompt is in no candidate.
 //! Pure and deterministic: equal problems give equal placements, in every router.
@@ -32,10 +33,12 @@ pub const SOURCES_MAX: usize = 4;
 /// What an operator may want otherwise.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
-    /// Most new prompt tokens that a decode node prefills by itself while a prefill node could. Short extensions (the next
-    /// turn of a conversation) cost less there than a handoff does; one step of the decode node holds them.
+    /// Most new prompt tokens that a decode node prefills by itself while a prefill node could, if that breaks the limit on gaps
+    /// or there is none; 0: it never does. Short extensions (the next turn of a conversation) cost less there than a handoff
+    /// does; one step of the decode node holds them.
     pub local_prefill_tokens_max: u64,
-    /// Milliseconds of time to first token that one millisecond of delay of one running sequence is worth.
+    /// Milliseconds of time to first token that one millisecond of delay of one running sequence is worth, if that breaks the
+    /// limit on gaps or there is none.
     pub interference_weight: f64,
     /// Milliseconds of time to first token that one millisecond of gap between this request's tokens is worth. Small: it
     /// spreads decodes over equal nodes without outweighing a cached prefix.
@@ -74,6 +77,8 @@ pub struct NodeView {
     pub rates: Rates,
     /// How busy it is.
     pub pressure: Pressure,
+    /// What a queued token takes, as a multiple of one without context.
+    pub context_factor: f64,
 }
 
 /// The size of KV.
@@ -230,7 +235,9 @@ pub fn place(problem: &Problem<'_>, policy: &mut dyn Policy) -> Result<Explanati
     for node in decodes {
         let decode = weighing.decoding(node);
         let mut local = weighing.local(&weighing.prefilling(node), &decode);
-        if !prefills.is_empty() && local.new_tokens > problem.settings.local_prefill_tokens_max {
+        let most = problem.settings.local_prefill_tokens_max;
+        let harmless = most > 0 && weighing.keeps_gaps(node, local.new_tokens);
+        if !prefills.is_empty() && local.new_tokens > most && !harmless {
             local.objection = Some(Objection::LocalPrefillTooLong);
         }
         candidates.push(local);

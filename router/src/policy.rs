@@ -15,7 +15,7 @@ use crate::placement::{Candidate, NodeView, Problem};
 
 /// [`KvCentric`] fetches a prefix that is more than so many times as long as the node's own. The paper tunes it by hand and does
 /// not say to what.
-const BALANCING_THRESHOLD: f64 = 1.5;
+const BALANCING_THRESHOLD: f64 = 1.3;
 /// What a block on disk is worth to [`Dynamo`], where one in memory is worth a block.
 const DYNAMO_DISK_CREDIT: f64 = 0.25;
 

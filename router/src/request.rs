@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use types::{Error, RequestId, SamplingParams, Slo, Token};
+use types::{BlockHash, Error, KvSpace, RequestId, SamplingParams, Slo, Token};
 
 use crate::error::RequestError;
 use crate::model::Model;
@@ -141,6 +141,15 @@ pub fn prepare(
         received,
         time_limit: time_limit.map_or(time_limit_max, |limit| limit.min(time_limit_max)),
     })
+}
+
+/// The hashes of a sequence's full blocks, and what decides between placements that are as good as equal: the first block, or
+/// the tokens of a sequence that has none.
+pub fn hashes(space: &KvSpace, tenant: &str, sequence: &[Token]) -> (Vec<BlockHash>, BlockHash) {
+    let root = space.with_tenant(tenant).root();
+    let hashes = root.chain(sequence, space.layout.block_tokens);
+    let key = hashes.first().copied().unwrap_or_else(|| root.child(sequence));
+    (hashes, key)
 }
 
 fn check_bounds(tenant: &str, slo: Slo) -> Result<(), Error> {

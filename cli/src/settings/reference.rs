@@ -186,7 +186,7 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
             ),
             (
                 "local_prefill_tokens_max",
-                "Most new prompt tokens that a decode node prefills by itself while a prefill node could.",
+                "Most new prompt tokens that a decode node prefills by itself while a prefill node could, unless the request's limit on gaps is kept; 0: none.",
             ),
             (
                 "interference_weight",

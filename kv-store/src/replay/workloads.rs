@@ -41,7 +41,7 @@ impl Workload {
     /// About `count` requests.
     pub fn requests(self, seed: u64, count: usize) -> Vec<Request> {
         let mut making = Making {
-            random: Random(mix(seed)),
+            random: Random::new(seed),
             next_block: 0,
             requests: Vec::with_capacity(count),
         };
@@ -178,34 +178,43 @@ impl Making {
 
 /// SplitMix64: small, and the same everywhere.
 #[derive(Debug)]
-struct Random(u64);
+pub struct Random(u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    /// A sequence that is a function of its seed.
+    pub fn new(seed: u64) -> Self {
+        Self(mix(seed))
+    }
+
+    /// The next number, uniform over all.
+    #[expect(clippy::should_implement_trait, reason = "it has no end, and is no iterator")]
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         mix(self.0)
     }
 
     /// From zero up to, not including, one.
-    fn unit(&mut self) -> f64 {
+    pub fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }
 
-    fn below(&mut self, bound: u64) -> u64 {
+    /// From zero up to, not including, `bound`, which is not 0.
+    pub fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound
     }
 
-    fn exponential(&mut self, mean: f64) -> f64 {
+    /// Exponential, with this mean.
+    pub fn exponential(&mut self, mean: f64) -> f64 {
         -mean * (1.0 - self.unit()).ln()
     }
 
     /// Successes before the first failure.
-    fn geometric(&mut self, success: f64) -> u64 {
+    pub fn geometric(&mut self, success: f64) -> u64 {
         ((1.0 - self.unit()).ln() / success.ln()) as u64
     }
 
     /// A rank of `count`, the chance of each being as one over it.
-    fn zipf(&mut self, count: usize) -> usize {
+    pub fn zipf(&mut self, count: usize) -> usize {
         let rank = ((count as f64 + 1.0).ln() * self.unit()).exp() as usize;
         rank.clamp(1, count) - 1
     }

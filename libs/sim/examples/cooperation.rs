@@ -25,9 +25,12 @@ fn main() -> ExitCode {
             return ExitCode::from(66);
         }
     };
-    let Some(prompts) = prompts_of_trace(&text) else {
-        eprintln!("{path}: a line is no request of a trace");
-        return ExitCode::from(65);
+    let prompts = match prompts_of_trace(&text) {
+        Ok(prompts) => prompts,
+        Err(error) => {
+            eprintln!("{path}: {error}");
+            return ExitCode::from(65);
+        }
     };
     let blocks = NODE_TOKENS / BLOCK_TOKENS;
     let limits = Limits {

@@ -14,7 +14,8 @@ use kv_store::cooperate::{Candidate, Fate, Giver, Limits, Offered, Report, Taker
 use kv_store::table::{BlockTable, Purpose, TableLimits};
 use types::{BlockHash, NodeId};
 
-use crate::node::keep;
+use crate::pool::keep;
+use crate::trace::{self, TraceError};
 
 /// Nobody follows the logs.
 const LOG_ENTRIES_MAX: usize = 1;
@@ -119,10 +120,18 @@ struct Pool {
     served: usize,
 }
 
-/// Reads a trace: one JSON object per line, with `timestamp` in milliseconds and `hash_ids`, chained ids of blocks. `None` if a
-/// line is no such object.
-pub fn prompts_of_trace(text: &str) -> Option<Vec<Prompt>> {
-    text.lines().map(prompt).collect()
+/// Reads the blocks of a trace of [`trace::parse`]'s format, each prompt's last one also if it is not full: here blocks are counted.
+///
+/// # Errors
+///
+/// The first line that is no request.
+pub fn prompts_of_trace(text: &str) -> Result<Vec<Prompt>, TraceError> {
+    trace::each_line(text, |line| {
+        Ok(Prompt {
+            at: line.at()?,
+            chain: line.blocks(),
+        })
+    })
 }
 
 /// Serves the prompts in their order.
@@ -332,31 +341,6 @@ fn offer(
         giver.received(*hash, moves);
     }
     run.len()
-}
-
-fn prompt(line: &str) -> Option<Prompt> {
-    let number = |key: &str| {
-        let (_, rest) = line.split_once(&format!("\"{key}\":"))?;
-        Some(rest.trim_start())
-    };
-    let timestamp = number("timestamp")?;
-    let digits = timestamp.find(|digit: char| !digit.is_ascii_digit())?;
-    let (ids, _) = number("hash_ids")?.strip_prefix('[')?.split_once(']')?;
-    let ids = ids.split(',').map(|id| id.trim().parse::<u128>().ok());
-    Some(Prompt {
-        at: Duration::from_millis(timestamp[..digits].parse().ok()?),
-        // The trace chains its ids itself. No block is its own root.
-        chain: ids.map(|id| Some(hash(id?))).collect::<Option<_>>()?,
-    })
-}
-
-/// A hash of a block's number that is as uniform as a real one, in all its bytes.
-fn hash(id: u128) -> BlockHash {
-    BlockHash(
-        (id + 1)
-            .wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835)
-            .to_be_bytes(),
-    )
 }
 
 #[cfg(test)]

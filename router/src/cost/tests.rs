@@ -85,6 +85,23 @@ fn a_report_takes_over_what_was_placed_before_it() {
 }
 
 #[test]
+fn recent_prompts_tell_what_context_makes_of_a_queued_token() {
+    let mut costs = CostModel::new(Priors::default());
+    assert_eq!(costs.context_factor(), 1.0);
+    let node = NodeId::from("p0");
+    let rates = costs.rates(&node);
+    for _ in 0..1000 {
+        costs.learn_context(&node, 4000, rates.compute(4000, 6000));
+    }
+    let expected = rates.compute(4000, 6000).0 / (4000.0 * rates.prefill_ms_per_token);
+    assert!((costs.context_factor() - expected).abs() < 1e-9);
+    for _ in 0..1000 {
+        costs.learn_context(&node, 10, Millis(10.0 * rates.prefill_ms_per_token));
+    }
+    assert!(costs.context_factor() < 1.1, "{}", costs.context_factor());
+}
+
+#[test]
 fn a_first_token_ends_the_wait_of_its_prompt() {
     let now = Instant::now();
     let mut costs = CostModel::new(Priors::default());

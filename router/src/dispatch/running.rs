@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use proto::v1;
 use proto::v1::decode_event::Event as WireEvent;
-use types::{BlockHash, Epoch, Error, ErrorCode, KvSpace, Millis, NodeId, Slo, Token};
+use types::{Epoch, Error, ErrorCode, KvSpace, Millis, NodeId, Slo, Token};
 
 use super::attempt::{Attempt, Failure, Nodes, Placed, decode_request};
 use super::latency::{Arrival, Latency, millis};
@@ -15,7 +15,7 @@ use crate::cluster::{Assignment, Query};
 use crate::error::RequestError;
 use crate::gate::Permit;
 use crate::placement::NoPlacement;
-use crate::request::Prepared;
+use crate::request::{self, Prepared};
 
 /// A request that a decode node has accepted. Ask it for events until it has none.
 #[derive(Debug)]
@@ -166,11 +166,10 @@ impl Running {
             .chain(&self.generated)
             .copied()
             .collect();
-        let root = space.with_tenant(self.request.tenant.as_str()).root();
         // Hashed before the lock is taken: a long prompt takes a millisecond.
-        let hashes = root.chain(&sequence, space.layout.block_tokens);
+        let (hashes, key) = request::hashes(&space, &self.request.tenant, &sequence);
         let query = Query {
-            key: key(root, &hashes, &sequence),
+            key,
             hashes: &hashes,
             prompt_tokens: sequence.len() as u64,
             failed: &self.failed,
@@ -311,9 +310,4 @@ impl Drop for Running {
             self.shared.metrics.request_cancelled();
         }
     }
-}
-
-/// What decides between placements that are as good as equal: the first block, or the tokens of a request that has none.
-fn key(root: BlockHash, hashes: &[BlockHash], sequence: &[Token]) -> BlockHash {
-    hashes.first().copied().unwrap_or_else(|| root.child(sequence))
 }

@@ -32,6 +32,7 @@ fn node(name: &str, role: Role) -> NodeView {
             available_blocks: 1000,
             ..Pressure::default()
         },
+        context_factor: 1.0,
     }
 }
 
@@ -132,6 +133,48 @@ fn running_decodes_push_even_a_short_prompt_to_a_prefill_node() {
     }
     let choice = Case::of(200).choice(&nodes);
     assert!(choice.prefill.is_some(), "{choice:?}");
+}
+
+#[test]
+fn a_decode_node_prefills_any_prompt_that_leaves_its_gaps_within_the_limit() {
+    let mut nodes = cluster();
+    for prefill in &mut nodes[..2] {
+        prefill.pressure.queued_prefill_tokens = 100_000;
+    }
+    nodes[2].pressure.running_sequences = 8;
+    nodes[3].pressure.running_sequences = 9;
+    let limited = |tbt: f64| Case {
+        slo: Slo {
+            ttft: None,
+            tbt: Some(Millis(tbt)),
+        },
+        ..Case::of(2000)
+    };
+    // A chunk of 256 tokens takes some hundred milliseconds and more.
+    assert!(names(&limited(10_000.0).choice(&nodes)).0.is_none());
+    assert!(names(&limited(50.0).choice(&nodes)).0.is_some());
+    let mut never = limited(10_000.0);
+    never.settings.local_prefill_tokens_max = 0;
+    assert!(names(&never.choice(&nodes)).0.is_some());
+    // Without a limit nobody knows what running sequences may wait.
+    assert!(names(&Case::of(2000).choice(&nodes)).0.is_some());
+}
+
+#[test]
+fn what_queues_takes_as_long_as_its_context_makes_it() {
+    let mut nodes = cluster();
+    nodes[0].pressure.queued_prefill_tokens = 1000;
+    nodes[1].pressure.queued_prefill_tokens = 1000;
+    nodes[0].context_factor = 3.0;
+    let explanation = Case::of(2000)
+        .place(&nodes, &mut Perigee)
+        .expect("nodes are free");
+    let queue = |prefill: &str| {
+        let of = |one: &&Candidate| one.prefill.as_ref().is_some_and(|id| id.as_str() == prefill);
+        let found = explanation.candidates.iter().find(of);
+        found.expect("every pair is a candidate").prediction.queue.0
+    };
+    assert!((queue("p0") - 3.0 * queue("p1")).abs() < 1e-9);
 }
 
 #[test]
@@ -328,7 +371,7 @@ fn the_policies_of_the_paper_differ_in_what_they_make_of_load_and_prefixes() {
 fn a_prefix_that_is_not_much_longer_is_not_fetched_by_the_policy_of_the_paper() {
     let mut nodes = cluster();
     nodes[0].pressure.queued_prefill_tokens = 100_000;
-    for (own, fetched) in [(10, true), (30, false)] {
+    for (own, fetched) in [(10, true), (35, false)] {
         let mut case = Case::of(60 * 32);
         case.matches = vec![("p0", 40), ("p1", own)];
         let placed = case.place(&nodes, PolicyName::KvCentric.build().as_mut());

@@ -85,7 +85,7 @@ impl<'a> Weighing<'a> {
         let queued = node.pressure.queued_prefill_tokens as f64;
         Prefilling {
             node,
-            queue: Millis(queued * node.rates.prefill_ms_per_token),
+            queue: Millis(queued * node.rates.prefill_ms_per_token * node.context_factor),
             prefix: self.prefix(node),
         }
     }
@@ -109,21 +109,42 @@ impl<'a> Weighing<'a> {
     pub(super) fn local(&self, engine: &Prefilling<'_>, decode: &Decoding<'_>) -> Candidate {
         let pressure = &decode.node.pressure;
         let running = pressure.running_sequences + pressure.placed_sequences;
-        let steps = engine.prefix.new_tokens.div_ceil(LOCAL_STEP_TOKENS);
-        let shared = match running {
-            0 => 0.0,
-            _ => steps as f64 * decode.node.rates.decode_step_ms,
+        let shared = |tokens: u64| match running {
+            0 => Millis(0.0),
+            _ => Millis(tokens.div_ceil(LOCAL_STEP_TOKENS) as f64 * decode.node.rates.decode_step_ms),
         };
-        let interference = engine.prefix.compute.0 * running as f64;
-        let compute = engine.prefix.compute + Millis(shared);
-        self.candidate(None, engine, decode, (compute, Millis(0.0), interference))
+        let Prefix {
+            new_tokens, compute, ..
+        } = engine.prefix;
+        let interference = match self.keeps_gaps(decode.node, new_tokens) {
+            true => 0.0,
+            false => compute.0 * running as f64,
+        };
+        // Whatever waits there shares its steps, too.
+        let queue = engine.queue + shared(pressure.queued_prefill_tokens);
+        let terms = (queue, compute + shared(new_tokens), Millis(0.0));
+        self.candidate(None, engine, decode, terms, interference)
+    }
+
+    /// Whether the node's sequences keep the request's limit on gaps while it computes `new` tokens of the prompt beside them.
+    pub(super) fn keeps_gaps(&self, node: &NodeView, new: u64) -> bool {
+        let pressure = &node.pressure;
+        let step = node
+            .rates
+            .step(pressure.running_sequences, pressure.placed_sequences + 1);
+        let chunk = new.min(LOCAL_STEP_TOKENS);
+        // The last chunk attends to most.
+        let before = self.problem.prompt_tokens.saturating_sub(chunk);
+        let beside = node.rates.compute(chunk, before);
+        self.problem.slo.tbt.is_some_and(|limit| step + beside <= limit)
     }
 
     /// `engine` prefills for `decode`.
     pub(super) fn remote(&self, engine: &Prefilling<'_>, decode: &Decoding<'_>) -> Candidate {
         let handoff = self.unhidden_handoff(engine, decode);
         let prefill = Some(engine.node.id.clone());
-        self.candidate(prefill, engine, decode, (engine.prefix.compute, handoff, 0.0))
+        let terms = (engine.queue, engine.prefix.compute, handoff);
+        self.candidate(prefill, engine, decode, terms, 0.0)
     }
 
     fn candidate(
@@ -131,7 +152,8 @@ impl<'a> Weighing<'a> {
         prefill: Option<NodeId>,
         engine: &Prefilling<'_>,
         decode: &Decoding<'_>,
-        (compute, handoff, interference): (Millis, Millis, f64),
+        (queue, compute, handoff): (Millis, Millis, Millis),
+        interference: f64,
     ) -> Candidate {
         let Prefix {
             sources,
@@ -140,7 +162,7 @@ impl<'a> Weighing<'a> {
             fetch,
             ..
         } = &engine.prefix;
-        let prediction = Prediction::of(engine.queue, *promote, *fetch, compute, handoff);
+        let prediction = Prediction::of(queue, *promote, *fetch, compute, handoff);
         let settings = self.problem.settings;
         let charges = settings.interference_weight * interference + settings.decode_gap_weight * decode.tbt.0;
         Candidate {

@@ -1,0 +1,236 @@
+//! The way of a sequence: from its landing to its last token, step by step.
+
+use std::mem;
+
+use super::node::{Landing, Prefill, Sequence, Step, Visit};
+use super::outcome::{Outcome, Served};
+use super::{CHUNK_TOKENS, Kind, Simulation, ms, ns};
+
+/// The part of a request's gaps, longest first, that its limit is held against.
+const TAIL_SHARE: f64 = 0.1;
+
+impl Simulation<'_> {
+    /// A prompt has landed, and gets blocks when there are some.
+    pub(super) fn lands(&mut self, node: usize, visit: Visit) {
+        let (request, state) = (&self.requests[visit.request], &self.states[visit.request]);
+        let landing = Landing {
+            visit,
+            tokens: request.prompt_tokens + state.generated,
+            left: request.output_tokens.saturating_sub(state.generated).max(1),
+        };
+        self.nodes[node].batch.waiting.push_back(landing);
+        self.admit(node);
+        self.start_step(node);
+    }
+
+    fn admit(&mut self, node: usize) {
+        let now = self.instant();
+        while let Some(landing) = self.nodes[node].batch.waiting.front().copied() {
+            let visit = landing.visit;
+            if !self.is_current(visit) {
+                self.nodes[node].batch.waiting.pop_front();
+                continue;
+            }
+            let chain = &self.requests[visit.request].chain;
+            let blocks = self.blocks(landing.tokens + landing.left);
+            let pool = &mut self.nodes[node].pool;
+            let mut held = pool.begin(chain, now);
+            let (free, evictable) = pool.free_and_evictable();
+            if (blocks - held.blocks()) as u64 > free + evictable {
+                pool.release(held, now);
+                return;
+            }
+            pool.extend(&mut held, chain, chain.len(), now);
+            let rest = blocks - held.blocks();
+            if !pool.reserve(&mut held, rest, now) {
+                pool.release(held, now);
+                return;
+            }
+            self.nodes[node].batch.waiting.pop_front();
+            self.plan_log(node);
+            self.join(node, visit, landing.tokens, landing.left, held);
+        }
+    }
+
+    /// The first token of a placement is out; the sequence decodes from the next step on.
+    fn join(&mut self, node: usize, visit: Visit, tokens: u64, left: u64, held: crate::pool::Held) {
+        self.token(visit.request);
+        if left <= 1 {
+            let now = self.instant();
+            self.nodes[node].pool.release(held, now);
+            self.finish(visit.request);
+            return;
+        }
+        self.nodes[node].batch.joining.push(Sequence {
+            visit,
+            left: left - 1,
+            tokens: tokens + 1,
+            held,
+        });
+    }
+
+    pub(super) fn start_step(&mut self, node: usize) {
+        if self.nodes[node].batch.step.is_some() {
+            return;
+        }
+        let batch = &mut self.nodes[node].batch;
+        let joining = mem::take(&mut batch.joining);
+        batch.resident_tokens += joining.iter().map(|sequence| sequence.tokens).sum::<u64>();
+        batch.running.extend(joining);
+        let chunk = self.next_chunk(node);
+        let batch = &mut self.nodes[node].batch;
+        let decodes = !batch.running.is_empty();
+        if !decodes && chunk.is_none() {
+            return;
+        }
+        let mut step_ms = 0.0;
+        if decodes {
+            let sequences = batch.running.len() as u64;
+            step_ms += self.profile.step_ms(sequences, batch.resident_tokens);
+        }
+        let chunk_ms = chunk.map_or(0.0, |(_, from, tokens)| {
+            self.profile.prefill_ms(from + tokens, from)
+        });
+        let ms = step_ms + chunk_ms;
+        batch.step = Some(Step {
+            decodes,
+            ms,
+            chunk_ms,
+            chunk: chunk.map(|(visit, _, tokens)| (visit, tokens)),
+        });
+        let at = self.at(node);
+        self.plan(self.now_ns + ns(ms), Kind::Stepped(at));
+    }
+
+    /// The part of a prompt that is computed beside the next step: whose, from which position, how many tokens.
+    fn next_chunk(&mut self, node: usize) -> Option<(Visit, u64, u64)> {
+        let next = self.nodes[node].prefills.next_ready()?;
+        if !self.claim(node, next) {
+            return None;
+        }
+        let prefill = &self.nodes[node].prefills.waiting[next];
+        let from = prefill.cached_tokens + prefill.done_tokens;
+        Some((prefill.visit, from, prefill.left_tokens().min(CHUNK_TOKENS)))
+    }
+
+    /// Takes the blocks of a prompt that is prefilled here, before its first chunk.
+    fn claim(&mut self, node: usize, waiting: usize) -> bool {
+        let now = self.instant();
+        let prefill = &self.nodes[node].prefills.waiting[waiting];
+        if prefill.done_tokens > 0 {
+            return true;
+        }
+        let (request, state) = (
+            &self.requests[prefill.visit.request],
+            &self.states[prefill.visit.request],
+        );
+        let left = request.output_tokens.saturating_sub(state.generated).max(1);
+        let blocks = self.blocks(prefill.prompt_tokens + left);
+        let node = &mut self.nodes[node];
+        let prefill = &mut node.prefills.waiting[waiting];
+        let rest = blocks - prefill.held.blocks();
+        node.pool.reserve(&mut prefill.held, rest, now)
+    }
+
+    pub(super) fn stepped(&mut self, node: usize) {
+        let batch = &mut self.nodes[node].batch;
+        let Some(step) = batch.step.take() else { return };
+        if step.decodes {
+            batch.stepped(step.ms);
+        }
+        let running = mem::take(&mut batch.running);
+        let mut resident_tokens = 0;
+        let mut staying = Vec::with_capacity(running.len());
+        for mut sequence in running {
+            let request = sequence.visit.request;
+            sequence.left -= 1;
+            sequence.tokens += 1;
+            self.token(request);
+            self.nodes[node].totals.decoded += 1;
+            if sequence.left == 0 {
+                let now = self.instant();
+                self.nodes[node].pool.release(sequence.held, now);
+                self.finish(request);
+            } else {
+                resident_tokens += sequence.tokens;
+                staying.push(sequence);
+            }
+        }
+        let batch = &mut self.nodes[node].batch;
+        batch.running = staying;
+        batch.resident_tokens = resident_tokens;
+        if let Some((visit, tokens)) = step.chunk {
+            self.chunk_done(node, visit, tokens, step.chunk_ms);
+        }
+        self.admit(node);
+        self.plan_log(node);
+        self.start_step(node);
+    }
+
+    fn chunk_done(&mut self, node: usize, visit: Visit, tokens: u64, chunk_ms: f64) {
+        let now = self.instant();
+        let waiting = &mut self.nodes[node].prefills.waiting;
+        let Some(position) = waiting.iter().position(|prefill| prefill.visit == visit) else {
+            return;
+        };
+        waiting[position].done_tokens += tokens;
+        self.states[visit.request].served.compute_ms += chunk_ms;
+        self.nodes[node].totals.prefill_ms += chunk_ms;
+        if self.nodes[node].prefills.waiting[position].left_tokens() > 0 {
+            return;
+        }
+        let Some(Prefill {
+            prompt_tokens,
+            mut held,
+            ..
+        }) = self.nodes[node].prefills.waiting.remove(position)
+        else {
+            return;
+        };
+        self.nodes[node].totals.prefills += 1;
+        let (request, state) = (&self.requests[visit.request], &self.states[visit.request]);
+        let left = request.output_tokens.saturating_sub(state.generated).max(1);
+        self.nodes[node].pool.settle(&mut held, &request.chain, now);
+        self.join(node, visit, prompt_tokens, left, held);
+    }
+
+    /// A token of the request is out.
+    fn token(&mut self, request: usize) {
+        let state = &mut self.states[request];
+        if state.generated == 0 {
+            state.first_ns = self.now_ns;
+        } else {
+            state.gaps_ms.push(ms(self.now_ns - state.last_ns) as f32);
+        }
+        state.generated += 1;
+        state.last_ns = self.now_ns;
+        if let Some(placement) = &mut state.placement
+            && !placement.landed
+        {
+            placement.landed = true;
+            self.routers[state.router].prefilled(placement.id);
+        }
+    }
+
+    fn finish(&mut self, request: usize) {
+        let state = &mut self.states[request];
+        let mut gaps_ms = mem::take(&mut state.gaps_ms);
+        self.gaps_ms.extend_from_slice(&gaps_ms);
+        let served = Served {
+            ttft_ms: ms(state.first_ns) - self.requests[request].at.as_secs_f64() * 1e3,
+            tbt_tail_ms: tail_mean(&mut gaps_ms),
+            ..state.served.clone()
+        };
+        self.end(request, Outcome::Served(served));
+    }
+}
+
+/// The mean of the longest tenth; 0 of none.
+fn tail_mean(gaps_ms: &mut [f32]) -> f64 {
+    if gaps_ms.is_empty() {
+        return 0.0;
+    }
+    let count = ((gaps_ms.len() as f64 * TAIL_SHARE).ceil() as usize).max(1);
+    gaps_ms.sort_unstable_by(|a, b| b.total_cmp(a));
+    gaps_ms[..count].iter().map(|gap| f64::from(*gap)).sum::<f64>() / count as f64
+}
