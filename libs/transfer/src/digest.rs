@@ -7,7 +7,7 @@ pub(crate) mod xxh3;
 use std::num::NonZeroU64;
 use std::slice;
 
-use types::{Checksum, ChecksumBuilder};
+use types::Checksum;
 
 use crate::copy::{self, Stores};
 use xxh3::{SHORT_BYTES_MAX, Xxh3};
@@ -21,7 +21,8 @@ pub(crate) struct Unit {
 
 #[derive(Clone)]
 enum Hash {
-    Short(ChecksumBuilder),
+    /// What has come.
+    Short(Vec<u8>),
     Long(Xxh3),
 }
 
@@ -30,7 +31,7 @@ impl Unit {
         let hash = if bytes > SHORT_BYTES_MAX {
             Hash::Long(Xxh3::new(bytes))
         } else {
-            Hash::Short(ChecksumBuilder::default())
+            Hash::Short(Vec::new())
         };
         Self { hash, missing: bytes }
     }
@@ -51,14 +52,14 @@ impl Unit {
         unsafe {
             match &mut self.hash {
                 Hash::Long(hash) => hash.take(from, to, bytes, stores),
-                Hash::Short(hash) => {
+                Hash::Short(come) => {
                     copy::plain(from, to, bytes, stores);
                     let seen = if stores == Stores::None {
                         from
                     } else {
                         to.cast_const()
                     };
-                    hash.update(slice::from_raw_parts(seen, bytes));
+                    come.extend_from_slice(slice::from_raw_parts(seen, bytes));
                 }
             }
         }
@@ -68,7 +69,7 @@ impl Unit {
     pub(crate) fn finish(&self) -> Option<Checksum> {
         match &self.hash {
             Hash::Long(hash) => hash.finish(),
-            Hash::Short(hash) => (self.missing == 0).then(|| hash.finish()),
+            Hash::Short(come) => (self.missing == 0).then(|| Checksum::of(come)),
         }
     }
 }

@@ -55,7 +55,7 @@ proptest! {
 
 #[test]
 fn the_portable_loop_hashes_and_copies_as_the_one_of_the_processor() {
-    let bytes: Vec<u8> = (0..64_u32 * 40).map(|at| (at * at >> 5) as u8).collect();
+    let bytes: Vec<u8> = (0..64_u32 * 40).map(|at| ((at * at) >> 5) as u8).collect();
     for index in 0..xxh3::STRIPES_PER_BLOCK {
         let start = [7; 8];
         let [mut portable, mut chosen] = [start; 2];
