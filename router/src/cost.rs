@@ -11,7 +11,7 @@
 //!
 //! Pure: callers pass `now`. Elsewhere: the choice (`placement.rs`), the reports (`members.rs`).
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use types::{LoadReport, Millis, NodeId};
@@ -180,7 +180,8 @@ struct LedgerEntry {
 #[derive(Debug)]
 pub struct CostModel {
     priors: Priors,
-    reports: HashMap<NodeId, LoadReport>,
+    /// In order, so that sums over them are the same in every router.
+    reports: BTreeMap<NodeId, LoadReport>,
     ledger: HashMap<PlacementId, LedgerEntry>,
     next_placement: u64,
     /// Milliseconds that recent prompts were predicted to compute, and what they would without context.
@@ -192,7 +193,7 @@ impl CostModel {
     pub fn new(priors: Priors) -> Self {
         Self {
             priors,
-            reports: HashMap::new(),
+            reports: BTreeMap::new(),
             ledger: HashMap::new(),
             next_placement: 0,
             computed_ms: (0.0, 0.0),

@@ -1,8 +1,5 @@
 //! What nodes tell each other about their blocks.
 
-use std::fmt;
-use std::hash::Hasher;
-
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
@@ -30,28 +27,6 @@ impl Checksum {
     /// The checksum of a block with these bytes.
     pub fn of(bytes: &[u8]) -> Self {
         Self(XxHash3_64::oneshot(bytes))
-    }
-}
-
-/// Makes a [`Checksum`] of bytes that come in pieces, as [`Checksum::of`] makes it of all of them.
-#[derive(Clone, Default)]
-pub struct ChecksumBuilder(XxHash3_64);
-
-impl ChecksumBuilder {
-    /// Takes the next piece.
-    pub fn update(&mut self, bytes: &[u8]) {
-        self.0.write(bytes);
-    }
-
-    /// The checksum of all pieces so far.
-    pub fn finish(&self) -> Checksum {
-        Checksum(self.0.finish())
-    }
-}
-
-impl fmt::Debug for ChecksumBuilder {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ChecksumBuilder(..)")
     }
 }
 

@@ -16,7 +16,7 @@ pub mod member;
 pub mod memory;
 pub mod sampling;
 
-pub use block::{BlockDescriptor, BlockEvent, Checksum, ChecksumBuilder, Generation, LogEntry, Tier};
+pub use block::{BlockDescriptor, BlockEvent, Checksum, Generation, LogEntry, Tier};
 pub use error::{Error, ErrorCode};
 pub use hash::{BlockHash, KvSpace};
 pub use host::{HostFacts, RdmaDevice, RdmaGid, RdmaPort};
