@@ -25,8 +25,8 @@ use nodes::Nodes;
 use search::Search;
 use table::{Entry, Place, Table};
 
-/// Most (node, block) pairs that are remembered by default. With at most 55 bytes each this bounds the index to some 105 MiB, and
-/// at 32 tokens per block it stands for 64 million cached tokens.
+/// Most (node, block) pairs that are remembered by default. With at most 55 bytes each, up to some 400 nodes, this bounds the index
+/// to some 105 MiB, and at 32 tokens per block it stands for 64 million cached tokens.
 pub const ENTRIES_MAX_DEFAULT: usize = 2_000_000;
 
 /// Events whose blocks are looked for together.

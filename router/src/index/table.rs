@@ -232,5 +232,5 @@ impl Shard {
 }
 
 fn home(key: u64, homes: usize) -> usize {
-    (u128::from(key << SHARD_BITS) * homes as u128 >> 64) as usize
+    ((u128::from(key << SHARD_BITS) * homes as u128) >> 64) as usize
 }
