@@ -171,9 +171,7 @@ impl Cluster {
         if applied.reset {
             self.index.reset(node);
         }
-        for event in &applied.events {
-            self.index.apply(node, event);
-        }
+        self.index.apply_all(node, &applied.events);
     }
 
     /// The stream of `node`'s reports broke. Whether to try again.

@@ -6,6 +6,7 @@ use types::Tier;
 use super::*;
 
 const ROOT: BlockHash = BlockHash([7; 16]);
+const NODES: usize = 131;
 
 fn stored(hash: BlockHash, parent: BlockHash) -> BlockEvent {
     BlockEvent::Stored {
@@ -84,8 +85,8 @@ enum Op {
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    // Nodes beyond 64 exercise the second word of the sets.
-    let node = prop_oneof![0usize..4, 62usize..67];
+    // Nodes beyond 64 and 128 exercise the further words of the sets.
+    let node = prop_oneof![0usize..4, 62usize..67, 127usize..131];
     prop_oneof![
         4 => (node.clone(), 0usize..6, 1usize..40).prop_map(|(node, chain, blocks)| Op::Store { node, chain, blocks }),
         2 => (node.clone(), 0usize..6, 0usize..40).prop_map(|(node, chain, keep)| Op::DropTail { node, chain, keep }),
@@ -97,8 +98,8 @@ fn op() -> impl Strategy<Value = Op> {
 /// Plays `ops` on both; the naive one is told everything, the index has room for `entries_max`.
 fn play(ops: &[Op], chains: &[Vec<BlockHash>], entries_max: usize) -> (PrefixIndex, Naive) {
     let (mut index, mut naive) = (PrefixIndex::new(entries_max), Naive::default());
-    for number in 0..67 {
-        // Interning in order makes node 66 occupy slot 66.
+    for number in 0..NODES {
+        // Node 130 occupies slot 130.
         index.slot_of(&node(number));
     }
     for op in ops {
@@ -221,13 +222,131 @@ fn unknown_nodes_and_blocks_are_ignored() {
     assert_eq!(index.blocks(&node(0)), 0);
 }
 
+/// Stores a chain as its node's log tells it.
+fn store(index: &mut PrefixIndex, holder: &NodeId, chain: &[BlockHash]) {
+    let parents = std::iter::once(&ROOT).chain(chain);
+    let events: Vec<BlockEvent> = chain
+        .iter()
+        .zip(parents)
+        .map(|(hash, parent)| stored(*hash, *parent))
+        .collect();
+    index.apply_all(holder, &events);
+    index.check_integrity();
+}
+
+fn held(index: &PrefixIndex, chain: &[BlockHash]) -> Vec<usize> {
+    index
+        .match_prefix(chain)
+        .iter()
+        .map(|found| found.blocks)
+        .collect()
+}
+
 #[test]
-fn what_has_no_room_is_counted() {
-    let mut index = PrefixIndex::new(1);
-    let chain = chain(0, 0, 0, 3);
-    for hash in &chain {
-        index.apply(&node(0), &stored(*hash, ROOT));
+fn of_a_chain_longer_than_the_bound_the_beginning_is_kept() {
+    let mut index = PrefixIndex::new(3);
+    let chain = chain(0, 0, 0, 8);
+    store(&mut index, &node(0), &chain);
+    assert_eq!((index.refused(), index.len()), (5, 3));
+    assert_eq!(held(&index, &chain), [3]);
+}
+
+#[test]
+fn a_full_index_forgets_the_oldest_chain_from_its_end() {
+    let mut index = PrefixIndex::new(1000);
+    let chains: Vec<_> = (0..12).map(|family| chain(family, 0, 0, 100)).collect();
+    for chain in &chains {
+        store(&mut index, &node(0), chain);
     }
-    assert_eq!(index.refused(), 2);
-    assert_eq!(index.match_prefix(&chain)[0].blocks, 1);
+    assert!(index.len() > 980, "{} kept", index.len());
+    assert_eq!(index.refused() as usize + index.len(), 1200);
+    // What was stored last is there to its end, and what is left of an older chain is its beginning.
+    assert_eq!(held(&index, &chains[11]), [100]);
+    let known = |hash: &BlockHash| index.table.get(key_of(hash)).is_some();
+    for chain in &chains {
+        let kept = chain.iter().take_while(|hash| known(hash)).count();
+        assert!(!chain[kept..].iter().any(known));
+    }
+    let kept: usize = chains[..4]
+        .iter()
+        .map(|chain| held(&index, chain).iter().sum::<usize>())
+        .sum();
+    assert!(kept < 300, "{kept} blocks of the oldest four chains");
+}
+
+#[test]
+fn a_prefix_that_comes_back_outlives_chains_stored_after_it() {
+    let mut index = PrefixIndex::new(1000);
+    let shared = chain(0, 0, 100, 100);
+    for family in 1..40 {
+        store(&mut index, &node(0), &shared);
+        store(&mut index, &node(0), &chain(family, 0, 0, 50));
+    }
+    assert_eq!(held(&index, &shared), [100]);
+}
+
+#[test]
+fn the_same_events_leave_the_same_index() {
+    let play = || {
+        let mut index = PrefixIndex::new(500);
+        for family in 0..30 {
+            store(
+                &mut index,
+                &node(family as usize % 3),
+                &chain(family % 20, family, 10, 60),
+            );
+        }
+        let known: Vec<u64> = index.table.iter().map(|entry| entry.key).collect();
+        known
+    };
+    assert_eq!(play(), play());
+}
+
+#[test]
+fn a_forgotten_node_is_swept_while_others_keep_what_they_share_with_it() {
+    let mut index = PrefixIndex::new(usize::MAX);
+    let shared = chain(0, 0, 50, 50);
+    for holder in 0..4 {
+        store(&mut index, &node(holder), &shared);
+    }
+    index.reset(&node(1));
+    assert_eq!((index.len(), index.blocks(&node(1)), index.stale), (150, 0, 50));
+    assert_eq!(held(&index, &shared), [50, 50, 50]);
+    // Its blocks of before do not come back with it.
+    store(&mut index, &node(1), &shared[..2]);
+    assert_eq!(held(&index, &shared), [50, 50, 50, 2]);
+    assert_eq!(index.nodes.slot(&node(1)), Some(4), "a stale slot was given away");
+    store(&mut index, &node(0), &chain(1, 0, 0, 50));
+    assert_eq!(index.stale, 0);
+    store(&mut index, &node(9), &shared[..1]);
+    assert_eq!(index.nodes.slot(&node(9)), Some(1), "a swept slot is used again");
+    assert_eq!(held(&index, &shared), [50, 50, 50, 2, 1]);
+}
+
+#[test]
+fn nodes_that_come_and_go_take_bounded_room() {
+    let mut index = PrefixIndex::new(usize::MAX);
+    let shared = chain(0, 0, 50, 50);
+    for life in 0..300 {
+        index.reset(&node(life % 7));
+        store(&mut index, &node(life % 7), &shared[..1 + life % 50]);
+    }
+    assert!(index.nodes.len() <= STALE_MAX + 8, "{} slots", index.nodes.len());
+}
+
+#[test]
+fn keys_with_a_common_beginning_take_bounded_time() {
+    let mut index = PrefixIndex::new(usize::MAX);
+    let mut apply = |number: u32| {
+        let mut hash = [9; 16];
+        hash[4..8].copy_from_slice(&number.to_be_bytes());
+        index.apply(&node(0), &stored(BlockHash(hash), ROOT));
+        (index.len(), index.refused())
+    };
+    // Each goes after all others, and moves none; the last one would move all.
+    for number in 1..=5000 {
+        assert_eq!(apply(number), (number as usize, 0));
+    }
+    assert_eq!(apply(0), (5000, 1));
+    index.check_integrity();
 }
