@@ -205,7 +205,7 @@ fn tokens(request: &Request, index: usize, block_tokens: u64) -> Vec<Token> {
 #[test]
 fn a_live_router_and_the_simulated_one_place_a_thousand_requests_alike() {
     let profile = Profile::parse(Profile::built_in("llama-3-70b-8xa800").expect("built in")).expect("valid");
-    for policy in [PolicyName::Perigee, PolicyName::Random] {
+    for policy in [PolicyName::Perigee, PolicyName::RoundRobin] {
         let scenario = scenario(policy);
         let mut requests = requests(&scenario);
         let block_tokens = scenario.workload.block_tokens;
