@@ -293,8 +293,7 @@ impl Asking {
         room: Option<&Bytes>,
     ) -> Result<(Status, Reply), Failure> {
         let endpoint = &self.peer.endpoint;
-        let moved_bytes = self.payload.as_ref().map_or(0, |bytes| total(&bytes.runs));
-        let answer = receive_answer(stream, head, endpoint, (spin, moved_bytes)).await?;
+        let answer = receive_answer(stream, head, endpoint, spin).await?;
         let behind = answer.payload_bytes.checked_sub(answer.message_bytes);
         let room_bytes = room.map_or(0, |bytes| total(&bytes.runs));
         let behind = behind.filter(|bytes| *bytes <= room_bytes);

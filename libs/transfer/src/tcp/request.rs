@@ -275,7 +275,7 @@ pub(super) async fn ask(
 ) -> Result<(Status, Vec<u8>), Failure> {
     let table = slices.iter().map(|slice| (slice.remote_offset, slice.len));
     stream::send_head(stream, &head.encode(table, extra)).await?;
-    let answer = receive_answer(stream, head, endpoint, (spin, head.payload_bytes)).await?;
+    let answer = receive_answer(stream, head, endpoint, spin).await?;
     let follows = usize::try_from(answer.payload_bytes).unwrap_or(usize::MAX);
     if follows > EXTRA_BYTES_MAX {
         return Err(violation(
@@ -304,8 +304,7 @@ async fn exchange(
     } else {
         stream::send_head(stream, &request).await?;
     }
-    let waiting = (spin, head.payload_bytes);
-    let answer = receive_answer(stream, head, &remote.endpoint, waiting).await?;
+    let answer = receive_answer(stream, head, &remote.endpoint, spin).await?;
     let follows = match (head.operation, answer.status) {
         (Operation::Read, Status::Done) => head.payload_bytes,
         _ => 0,
@@ -326,9 +325,9 @@ pub(super) async fn receive_answer(
     stream: &TcpStream,
     head: &RequestHead,
     endpoint: &str,
-    (spin, bytes): (Duration, u64),
+    spin: Duration,
 ) -> Result<AnswerHead, Failure> {
-    stream::spin_for_readable(stream, spin, bytes).await;
+    stream::spin_for_readable(stream, spin).await;
     let mut answer = [0; ANSWER_HEAD_BYTES];
     stream::receive_exact(stream, &mut answer).await?;
     let answer = AnswerHead::decode(&answer).map_err(|error| violation(endpoint, error.to_string()))?;

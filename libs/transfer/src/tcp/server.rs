@@ -107,11 +107,11 @@ async fn serve_requests(shared: &Arc<Shared>, connection: &TcpStream) -> Result<
             Err(_) | Ok(Ok(0)) => return Ok(()),
             Ok(received) => received?,
         };
-        let mut hot_bytes = None;
+        let mut hot = false;
         let request = async {
             stream::receive_exact(connection, &mut head[received..]).await?;
             let head = RequestHead::decode(&head)?;
-            hot_bytes = Some(head.payload_bytes).filter(|_| head.operation != Operation::Introduce);
+            hot = head.operation != Operation::Introduce;
             serve_request(shared, connection, &head, &mut scratch).await
         };
         let introduced = timeout(shared.config.request_timeout, request)
@@ -124,8 +124,8 @@ async fn serve_requests(shared: &Arc<Shared>, connection: &TcpStream) -> Result<
             return Ok(());
         }
         // Who moves bytes by UCX often asks again at once.
-        if let Some(bytes) = hot_bytes {
-            stream::spin_for_readable(connection, shared.config.ucx.spin, bytes).await;
+        if hot {
+            stream::spin_for_readable(connection, shared.config.ucx.spin).await;
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Whole heads and payloads over a socket, on top of calls that do not wait.
 
-use std::io;
+use std::io::{self, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -18,11 +18,6 @@ use crate::region::Grant;
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_PROBES: u32 = 3;
-
-/// What moves no more than this is answered, or followed by the next request, in less time than a wake-up takes.
-const PROMPT_BYTES_MAX: u64 = 128 << 10;
-/// How many times as long the next step of it is waited for without sleeping.
-const PROMPT_SPINS: u32 = 4;
 
 /// How a payload ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +55,15 @@ pub(crate) fn is_stale(stream: &TcpStream) -> bool {
 
 /// Receives at least one byte, and not more than `bytes` holds. 0 is the end of the stream.
 pub(crate) async fn receive_some(stream: &TcpStream, bytes: &mut [u8]) -> io::Result<usize> {
+    // What is there already needs no event, which another thread may have to be woken for.
+    match (&*SockRef::from(stream)).read(bytes) {
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+            ) => {}
+        result => return result,
+    }
     loop {
         stream.readable().await?;
         match stream.try_read(bytes) {
@@ -69,15 +73,9 @@ pub(crate) async fn receive_some(stream: &TcpStream, bytes: &mut [u8]) -> io::Re
     }
 }
 
-/// Waits for something to receive without sleeping, for at most `spin`, and longer where few `bytes` are moved: other tasks run
-/// meanwhile, but a processor that has nothing else to do does not halt, which on virtual machines takes longer than a transfer
-/// of mapped memory.
-pub(crate) async fn spin_for_readable(stream: &TcpStream, spin: Duration, bytes: u64) {
-    let spin = if bytes <= PROMPT_BYTES_MAX {
-        spin * PROMPT_SPINS
-    } else {
-        spin
-    };
+/// Waits for something to receive without sleeping, for at most `spin`: other tasks run meanwhile, but a processor that
+/// has nothing else to do does not halt, which on virtual machines takes longer than a transfer of mapped memory.
+pub(crate) async fn spin_for_readable(stream: &TcpStream, spin: Duration) {
     let begun = Instant::now();
     let mut byte = [MaybeUninit::uninit()];
     while begun.elapsed() < spin {
