@@ -234,13 +234,7 @@ pub fn place(problem: &Problem<'_>, policy: &mut dyn Policy) -> Result<Explanati
     let mut candidates = Vec::with_capacity((prefills.len() + 1) * decodes.len());
     for node in decodes {
         let decode = weighing.decoding(node);
-        let mut local = weighing.local(&weighing.prefilling(node), &decode);
-        let most = problem.settings.local_prefill_tokens_max;
-        let harmless = most > 0 && weighing.keeps_gaps(node, local.new_tokens);
-        if !prefills.is_empty() && local.new_tokens > most && !harmless {
-            local.objection = Some(Objection::LocalPrefillTooLong);
-        }
-        candidates.push(local);
+        candidates.push(weighing.local(&weighing.prefilling(node), &decode, prefills.is_empty()));
         candidates.extend(prefills.iter().map(|engine| weighing.remote(engine, &decode)));
     }
     match policy.choose(problem, &candidates) {

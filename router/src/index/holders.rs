@@ -44,6 +44,11 @@ impl Holders {
         [self.0 & CODE_MASK, self.0 >> CODE_BITS & CODE_MASK]
     }
 
+    /// The holders of a block that has no set, and whether each has it in memory.
+    fn inline(self) -> impl Iterator<Item = (usize, bool)> {
+        self.codes().into_iter().filter(|code| *code != 0).map(decode)
+    }
+
     fn set(self) -> Option<u32> {
         (self.0 & IN_SET != 0).then_some(self.0 & !IN_SET)
     }
@@ -129,11 +134,8 @@ impl Sets {
             let (held, in_memory) = self.bits(set).split_at(self.words);
             return has(held, slot).then(|| has(in_memory, slot));
         }
-        let inline = holders.codes().into_iter().filter(|code| *code != 0).map(decode);
-        inline
-            .into_iter()
-            .find(|(held, _)| *held == slot)
-            .map(|(_, in_memory)| in_memory)
+        let found = holders.inline().find(|(held, _)| *held == slot);
+        found.map(|(_, in_memory)| in_memory)
     }
 
     /// Writes who holds the block, then who does in memory, into `out`: two bitsets.
@@ -144,7 +146,7 @@ impl Sets {
         }
         out.fill(0);
         let (held, in_memory) = out.split_at_mut(self.words);
-        for (slot, fast) in holders.codes().into_iter().filter(|code| *code != 0).map(decode) {
+        for (slot, fast) in holders.inline() {
             assign(held, slot, true);
             assign(in_memory, slot, fast);
         }
@@ -160,8 +162,7 @@ impl Sets {
                 .map(|(a, b)| (a & b).count_ones() as usize)
                 .sum();
         }
-        let inline = holders.codes().into_iter().filter(|code| *code != 0).map(decode);
-        inline.into_iter().filter(|(slot, _)| has(among, *slot)).count()
+        holders.inline().filter(|(slot, _)| has(among, *slot)).count()
     }
 
     /// Makes `slot` a holder, or changes whether it is one in memory.

@@ -105,8 +105,8 @@ impl<'a> Weighing<'a> {
         }
     }
 
-    /// `decode` prefills by itself, as what `engine` says.
-    pub(super) fn local(&self, engine: &Prefilling<'_>, decode: &Decoding<'_>) -> Candidate {
+    /// `decode` prefills by itself, as what `engine` says. `alone`: no prefill node could.
+    pub(super) fn local(&self, engine: &Prefilling<'_>, decode: &Decoding<'_>, alone: bool) -> Candidate {
         let pressure = &decode.node.pressure;
         let running = pressure.running_sequences + pressure.placed_sequences;
         let shared = |tokens: u64| match running {
@@ -116,27 +116,32 @@ impl<'a> Weighing<'a> {
         let Prefix {
             new_tokens, compute, ..
         } = engine.prefix;
-        let interference = match self.keeps_gaps(decode.node, new_tokens) {
+        let keeps_gaps = self.keeps_gaps(decode, new_tokens);
+        let interference = match keeps_gaps {
             true => 0.0,
             false => compute.0 * running as f64,
         };
         // Whatever waits there shares its steps, too.
         let queue = engine.queue + shared(pressure.queued_prefill_tokens);
         let terms = (queue, compute + shared(new_tokens), Millis(0.0));
-        self.candidate(None, engine, decode, terms, interference)
+        let mut candidate = self.candidate(None, engine, decode, terms, interference);
+        let most = self.problem.settings.local_prefill_tokens_max;
+        if !alone && new_tokens > most && (most == 0 || !keeps_gaps) {
+            candidate.objection = Some(Objection::LocalPrefillTooLong);
+        }
+        candidate
     }
 
     /// Whether the node's sequences keep the request's limit on gaps while it computes `new` tokens of the prompt beside them.
-    pub(super) fn keeps_gaps(&self, node: &NodeView, new: u64) -> bool {
-        let pressure = &node.pressure;
-        let step = node
-            .rates
-            .step(pressure.running_sequences, pressure.placed_sequences + 1);
+    fn keeps_gaps(&self, decode: &Decoding<'_>, new: u64) -> bool {
         let chunk = new.min(LOCAL_STEP_TOKENS);
         // The last chunk attends to most.
         let before = self.problem.prompt_tokens.saturating_sub(chunk);
-        let beside = node.rates.compute(chunk, before);
-        self.problem.slo.tbt.is_some_and(|limit| step + beside <= limit)
+        let beside = decode.node.rates.compute(chunk, before);
+        self.problem
+            .slo
+            .tbt
+            .is_some_and(|limit| decode.tbt + beside <= limit)
     }
 
     /// `engine` prefills for `decode`.

@@ -16,7 +16,7 @@ impl Simulation<'_> {
         let landing = Landing {
             visit,
             tokens: request.prompt_tokens + state.generated,
-            left: request.output_tokens.saturating_sub(state.generated).max(1),
+            left: self.left_tokens(visit.request),
         };
         self.nodes[node].batch.waiting.push_back(landing);
         self.admit(node);
@@ -120,12 +120,7 @@ impl Simulation<'_> {
         if prefill.done_tokens > 0 {
             return true;
         }
-        let (request, state) = (
-            &self.requests[prefill.visit.request],
-            &self.states[prefill.visit.request],
-        );
-        let left = request.output_tokens.saturating_sub(state.generated).max(1);
-        let blocks = self.blocks(prefill.prompt_tokens + left);
+        let blocks = self.blocks(prefill.prompt_tokens + self.left_tokens(prefill.visit.request));
         let node = &mut self.nodes[node];
         let prefill = &mut node.prefills.waiting[waiting];
         let rest = blocks - prefill.held.blocks();
@@ -188,10 +183,19 @@ impl Simulation<'_> {
             return;
         };
         self.nodes[node].totals.prefills += 1;
-        let (request, state) = (&self.requests[visit.request], &self.states[visit.request]);
-        let left = request.output_tokens.saturating_sub(state.generated).max(1);
-        self.nodes[node].pool.settle(&mut held, &request.chain, now);
+        let left = self.left_tokens(visit.request);
+        let chain = &self.requests[visit.request].chain;
+        self.nodes[node].pool.settle(&mut held, chain, now);
         self.join(node, visit, prompt_tokens, left, held);
+    }
+
+    /// Tokens that the request is still to generate.
+    fn left_tokens(&self, request: usize) -> u64 {
+        let generated = self.states[request].generated;
+        self.requests[request]
+            .output_tokens
+            .saturating_sub(generated)
+            .max(1)
     }
 
     /// A token of the request is out.

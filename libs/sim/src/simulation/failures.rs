@@ -2,7 +2,6 @@
 
 use types::{Epoch, NodeId};
 
-use super::node::Visit;
 use super::outcome::Outcome;
 use super::{Kind, Simulation, new_pool, ns};
 
@@ -74,10 +73,7 @@ impl Simulation<'_> {
         for node in 0..self.nodes.len() {
             let waiting = std::mem::take(&mut self.nodes[node].prefills.waiting);
             for prefill in waiting {
-                let Visit { request, attempt } = prefill.visit;
-                let current =
-                    self.states[request].attempt == attempt && self.states[request].outcome.is_none();
-                if current {
+                if self.is_current(prefill.visit) {
                     self.nodes[node].prefills.waiting.push_back(prefill);
                 } else {
                     self.nodes[node].pool.release(prefill.held, now);
