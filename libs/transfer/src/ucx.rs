@@ -38,6 +38,7 @@ use ucx_sys::Library;
 pub(crate) use domain::Way;
 pub(crate) use driver::{Addresses, Run};
 use driver::{Command, EndpointId, Handle, Mapped, MemoryId, WindowId};
+use maps::LookedUp;
 use memory::UcxMemory;
 use worker::Worker;
 
@@ -344,21 +345,19 @@ impl Peer {
             reply,
         })?;
         let opened = answer.await.map_err(|_| UcxError::stopped())??;
-        let mut window = Window {
+        // The library says where a mapping begins, but not where it ends, and the peer's word is not enough to
+        // read memory of this process.
+        let mapping = opened
+            .mapped_at
+            .filter(|start| maps::covers(*start, exposed.bytes))
+            .map(|start| LookedUp::none_of(start, exposed.bytes));
+        Ok(Window {
             driver: self.driver.clone(),
             window: opened.window,
             remote_base: exposed.base,
             bytes: exposed.bytes,
-            mapped_at: opened.mapped_at,
-        };
-        // The library says where a mapping begins, but not where it ends, and the peer's word is not enough to
-        // read memory of this process.
-        if let Some(start) = window.mapped_at
-            && !maps::covers(start, exposed.bytes)
-        {
-            window.mapped_at = None;
-        }
-        Ok(window)
+            mapping,
+        })
     }
 }
 
@@ -374,13 +373,13 @@ pub(crate) struct Window {
     window: WindowId,
     remote_base: u64,
     bytes: u64,
-    mapped_at: Option<usize>,
+    mapping: Option<LookedUp>,
 }
 
 impl Window {
     /// Whether it is mapped into this process, so that [`Window::mapped`] says where.
     pub(crate) fn is_mapped(&self) -> bool {
-        self.mapped_at.is_some()
+        self.mapping.is_some()
     }
 
     /// Whether the peer exposed `bytes` bytes at `offset`.
@@ -392,8 +391,9 @@ impl Window {
     /// destroyed by `drop`, and the mapping was looked up when it was opened. The peer may change them at any time. `None` if that
     /// memory is not mapped, or the peer did not expose as much.
     pub(crate) fn mapped(&self, offset: u64, bytes: u64) -> Option<*const u8> {
-        let mapped_at = self.mapped_at.filter(|_| self.covers(offset, bytes))?;
-        Some(ptr::with_exposed_provenance(mapped_at + offset as usize))
+        let mapping = self.mapping.as_ref().filter(|_| self.covers(offset, bytes))?;
+        mapping.look_up(offset, bytes);
+        Some(ptr::with_exposed_provenance(mapping.start() + offset as usize))
     }
 
     /// Lets hardware read. `held` is dropped when nothing is written any more; then, the result comes. Dropping

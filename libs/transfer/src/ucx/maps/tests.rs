@@ -1,3 +1,5 @@
+use types::Memory as _;
+
 use super::*;
 
 const MAPS: &str = "\
@@ -32,4 +34,24 @@ fn memory_of_this_process_is_covered_and_the_first_page_is_not() {
     assert!(covers(bytes.as_ptr().addr(), 4096));
     assert!(!covers(16, 16));
     assert!(!covers(bytes.as_ptr().addr(), u64::MAX));
+}
+
+#[test]
+fn what_is_read_is_looked_up_once_and_stays_as_it_is() {
+    const MIB: u64 = 1 << 20;
+    let memory = crate::memory::HostMemory::allocate(5 * MIB as usize).expect("memory");
+    crate::memory::copy_in(&*memory, 4 * MIB as usize, &[7; 100]).expect("inside");
+    let mapping = LookedUp::none_of(memory.base().as_ptr().expose_provenance(), 5 * MIB);
+    let seen = || mapping.chunks[0].load(Ordering::Relaxed);
+    mapping.look_up(3 * MIB, MIB);
+    assert_eq!(seen(), 0b010);
+    // The last part is shorter than the others.
+    mapping.look_up(4 * MIB - 1, MIB + 1);
+    assert_eq!(seen(), 0b110);
+    mapping.look_up(0, 0);
+    assert_eq!(seen(), 0b110);
+    mapping.look_up(0, 5 * MIB);
+    assert_eq!(seen(), 0b111);
+    let bytes = crate::memory::copy_out(&*memory, 4 * MIB as usize, 101).expect("inside");
+    assert_eq!((bytes[99], bytes[100]), (7, 0));
 }
