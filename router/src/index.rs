@@ -22,7 +22,7 @@ use types::{BlockEvent, BlockHash, NodeId, Tier};
 use eviction::Eviction;
 use nodes::Nodes;
 use segments::Segments;
-use table::{Place, Table};
+use table::{Place, Table, Vacancy};
 
 /// Most (node, block) pairs that are remembered by default. At 32 tokens per block it stands for 64 million cached tokens, and with
 /// at most 64 bytes for each block of a long chain bounds the index to some 122 MiB. A chain's beginning, and every branch, takes
@@ -230,7 +230,7 @@ impl PrefixIndex {
             let longest = segment.runs.iter().map(|run| run.blocks).max();
             assert_eq!(longest, Some(segment.len()));
         }
-        assert_eq!(keys, self.table.iter().count());
+        assert_eq!(keys, self.table.check_integrity());
         let (mut live, mut stale) = (0, 0);
         for (slot, blocks) in blocks.into_iter().enumerate() {
             assert_eq!(blocks, self.nodes.blocks(slot));
@@ -262,8 +262,12 @@ impl PrefixIndex {
             .filter(|place| self.segments.has(*place, parent))
             .or_else(|| self.table.get(parent));
         let next = before.and_then(|before| self.segments.next(before, key));
-        let Some(place) = next.or_else(|| self.table.get(key)) else {
-            return self.store_new(slot, block, before);
+        let place = match next {
+            Some(place) => place,
+            None => match self.table.get_or_vacancy(key)? {
+                Ok(place) => place,
+                Err(vacancy) => return self.store_new(slot, block, before, vacancy),
+            },
         };
         if place.at == 0 {
             self.segments
@@ -284,7 +288,13 @@ impl PrefixIndex {
     }
 
     /// Stores a block that nobody holds.
-    fn store_new(&mut self, slot: usize, block: Stored, before: Option<Place>) -> Option<Place> {
+    fn store_new(
+        &mut self,
+        slot: usize,
+        block: Stored,
+        before: Option<Place>,
+        vacancy: Vacancy,
+    ) -> Option<Place> {
         let Stored { key, parent, .. } = block;
         let keep = before.map(|place| place.segment);
         let goes_on = |place: Place| self.segments.get(place.segment).len() == place.at + 1;
@@ -302,7 +312,7 @@ impl PrefixIndex {
             self.segments.get_mut(before.segment).used = now;
         }
         let place = self.segments.add(key, before.map(|before| (before, parent)));
-        self.table.insert(key, place);
+        self.table.insert(vacancy, place);
         self.segments.get_mut(place.segment).used = now;
         self.add(slot, place, block.in_memory);
         Some(place)

@@ -125,8 +125,8 @@ impl Segment {
     fn push(&mut self, key: u64) {
         let keys = &mut self.keys;
         if keys.len() == keys.capacity() {
-            // Half as many again, and not twice as many.
-            keys.reserve_exact(keys.len() / 2 + 1);
+            // Half as many again, and not twice as many; the smallest allocation has room for three.
+            keys.reserve_exact(keys.len() / 2 + 3);
         }
         keys.push(key);
     }

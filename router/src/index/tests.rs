@@ -390,3 +390,39 @@ fn what_follows_a_gap_is_left_out() {
     index.check_integrity();
     assert_eq!((held(&index, &chain), index.refused()), (vec![20, 5], 20));
 }
+
+#[test]
+fn keys_with_a_common_beginning_take_bounded_time() {
+    let mut index = PrefixIndex::new(usize::MAX);
+    for number in 0u32..2000 {
+        let mut hash = [9; 16];
+        hash[4..8].copy_from_slice(&number.to_be_bytes());
+        index.apply(&node(0), &stored(BlockHash(hash), ROOT));
+    }
+    assert_eq!((index.len(), index.refused()), (1024, 976));
+    index.check_integrity();
+}
+
+#[test]
+fn entries_of_the_table_are_found_whatever_goes() {
+    let mut index = PrefixIndex::new(usize::MAX);
+    // All in one shard, around its end, so that they displace each other.
+    let hash = |number: u32| {
+        let mut hash = [0xff; 16];
+        hash[1..5].copy_from_slice(&(number.wrapping_mul(0x9e37_79b9) | 0x8000_0000).to_be_bytes());
+        BlockHash(hash)
+    };
+    let mut naive = BTreeSet::new();
+    for step in 0u32..4000 {
+        let number = step.wrapping_mul(2_654_435_761) % 97;
+        let event = if naive.remove(&number) {
+            BlockEvent::Removed { hash: hash(number) }
+        } else {
+            naive.insert(number);
+            stored(hash(number), ROOT)
+        };
+        index.apply(&node(0), &event);
+        index.check_integrity();
+        assert_eq!(index.len(), naive.len());
+    }
+}
