@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::ListenerExt;
 use axum::{Json, Router};
-use node::registry::{self, embedded};
+use node::registry::{self, Registration, embedded};
 use node::serve::Server;
 use node::{Listeners, Metrics, Readiness, identity};
 use serde_json::{Value, json};
@@ -27,40 +27,42 @@ mod harness;
 /// Every answer, in pieces as they are streamed.
 const PIECES: [&str; 2] = ["Hi", " there"];
 
-#[tokio::main]
-async fn main() {
+fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [model, count] = arguments.as_slice() else {
         panic!("usage: trivial_cluster MODEL COUNT");
     };
-    let count: usize = count.parse().expect("a number");
-    let space = space(Path::new(model));
-    let start = move |number| {
+    let (count, space): (usize, _) = (count.parse().expect("a number"), space(Path::new(model)));
+    let start = |number| {
         let script = |_: &_| harness::greeting();
         harness::FakeNode::start(&space, &format!("d{number}"), Role::Decode, script)
     };
-    let starting = tokio::task::spawn_blocking(move || (0..count).map(start).collect::<Vec<_>>());
-    let nodes = starting.await.expect("started");
-    let url = serve_registry().await;
+    let nodes: Vec<_> = (0..count).map(start).collect();
+    let runtime = tokio::runtime::Runtime::new().expect("threads can be made");
+    let _registrations = runtime.block_on(async {
+        let url = serve_registry().await;
+        let registrations = register(&url, &nodes).await;
+        let mut workers = Vec::new();
+        for _ in 0..count {
+            workers.push(serve_worker().await);
+        }
+        println!("{}", json!({ "registry": url, "workers": workers }));
+        registrations
+    });
+    std::io::stdin().read_to_end(&mut Vec::new()).expect("read");
+    runtime.shutdown_background();
+}
+
+async fn register(url: &str, nodes: &[harness::FakeNode]) -> Vec<Registration> {
     let config = registry::Config::default();
-    let connected = registry::connect(&url, &config, CancellationToken::new()).await;
+    let connected = registry::connect(url, &config, CancellationToken::new()).await;
     let registry = connected.expect("it was just started");
     let mut registrations = Vec::new();
-    for node in &nodes {
-        let registration = registry.register(node.record.clone());
-        registrations.push(registration.await.expect("registered"));
+    for node in nodes {
+        let registration = registry.register(node.record.clone()).await;
+        registrations.push(registration.expect("registered"));
     }
-    let mut workers = Vec::new();
-    for _ in 0..count {
-        workers.push(serve_worker().await);
-    }
-    println!("{}", json!({ "registry": url, "workers": workers }));
-    let until_closed = || std::io::stdin().read_to_end(&mut Vec::new());
-    tokio::task::spawn_blocking(until_closed)
-        .await
-        .expect("waited")
-        .expect("read");
-    std::process::exit(0);
+    registrations
 }
 
 fn space(model: &Path) -> KvSpace {

@@ -102,8 +102,7 @@ impl PrefixIndex {
         let mut slot = self.nodes.slot(node);
         let mut last = None;
         for events in events.chunks(FETCH_EVENTS) {
-            self.table
-                .fetch(events.iter().map(|event| key_of(hash_of(event))));
+            self.table.fetch(keys_of(events));
             for event in events {
                 self.sweep(SWEEP_STEP);
                 match *event {
@@ -399,6 +398,16 @@ impl PrefixIndex {
 fn key_of(hash: &BlockHash) -> u64 {
     let BlockHash([a, b, c, d, e, f, g, h, ..]) = *hash;
     u64::from_be_bytes([a, b, c, d, e, f, g, h])
+}
+
+/// The blocks that events name, but for those before them that are named already.
+fn keys_of(events: &[BlockEvent]) -> impl Iterator<Item = u64> {
+    let before = match events.first() {
+        Some(BlockEvent::Stored { parent, .. }) => Some(key_of(parent)),
+        _ => None,
+    };
+    let named = events.iter().map(|event| key_of(hash_of(event)));
+    before.into_iter().chain(named)
 }
 
 fn hash_of(event: &BlockEvent) -> &BlockHash {
