@@ -31,7 +31,7 @@ pub const ENTRIES_MAX_DEFAULT: usize = 2_000_000;
 
 /// Events whose blocks are looked for together.
 const FETCH_EVENTS: usize = 16;
-/// Segments that every update looks at while some name nodes that are forgotten, or as many once all is full.
+/// Segments that every update looks at while some name nodes that are forgotten.
 const SWEEP_STEP: usize = 1;
 /// Blocks of a forgotten node that one look at a segment removes.
 const SWEEP_BLOCKS: u32 = 8;
