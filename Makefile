@@ -10,7 +10,7 @@ USES_UCX := package(transfer) | package(ucx-sys) | binary(conversation) | binary
 
 export PERIGEE_MODEL ?= $(CURDIR)/$(MODEL)
 
-.PHONY: demo test bench bench-transfer bench-store bench-eviction bench-table bench-cooperative lint format build setup setup-test clean help
+.PHONY: demo test bench bench-transfer bench-store bench-router bench-eviction bench-table bench-cooperative lint format build setup setup-test clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,9 @@ bench-transfer: setup ## Measure transfers beside bare TCP, ucx_perftest and Moo
 
 bench-store: setup ## Measure a store node beside Mooncake Store; writes docs/performance.md
 	python3 scripts/bench_store.py $(BENCH)
+
+bench-router: setup $(MODEL) ## Measure the router beside dynamo-kv-router and sglang-router; writes docs/performance.md
+	python3 scripts/bench_router.py $(BENCH)
 
 bench-cooperative: ## Simulate pools that hold blocks for each other, over TRACE=a trace of block ids; see docs/cooperation.md
 	$(CARGO) run --release --locked -p sim --example cooperation -- $(TRACE)

@@ -8,6 +8,7 @@
 //!
 //! Pure: callers pass `now`. Elsewhere: the streams (`members.rs`).
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
@@ -261,11 +262,12 @@ impl Cluster {
 
     /// The node that holds most of a prompt, if it has a part of that on disk only, and how many blocks it holds.
     pub fn on_disk(&self, hashes: &[BlockHash]) -> Option<(NodeRecord, usize)> {
-        let mut matches = self.index.match_prefix(hashes).into_iter();
-        let (member, found) = matches.find_map(|found| {
-            let member = self.members.get(&found.node)?;
+        let matches = self.index.match_prefix(hashes).into_iter();
+        let followed = matches.filter_map(|found| {
+            let member = self.members.get(found.node)?;
             member.following.then_some((member, found))
-        })?;
+        });
+        let (member, found) = followed.max_by_key(|(_, found)| (found.blocks, Reverse(found.node)))?;
         (found.in_memory < found.blocks).then(|| (member.record.clone(), found.blocks))
     }
 

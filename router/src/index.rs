@@ -1,8 +1,9 @@
 //! Which node holds which block, as the nodes' own logs tell it.
 //!
 //! Invariant: what [`PrefixIndex::match_prefix`] says is never more than what the events said. A node keeps no block whose ancestor
-//! it has dropped, so a node that holds block `i` of a chain holds every block before it; the index leans on this twice: a
-//! match is a search and not a scan, and an entry that the index has forgotten can only make it answer less.
+//! it has dropped, so a node that holds block `i` of a chain holds every block before it. The index therefore keeps blocks that
+//! follow each other as one segment, and of each holder how far along it goes: a match costs a step for each holder,
+//! however long the chain is and wherever holders stop. What the index has forgotten can only make it answer less.
 //!
 //! A block is known by 64 of the 128 bits of its hash. Two of 10 million blocks share them in one of 370,000 indexes, and a
 //! new block of a prompt is taken for one of them in one of 600 million prompts of 3,000 blocks; that hint is then wrong.
@@ -12,35 +13,36 @@
 //! Pure: no clock, no I/O. Elsewhere: following the logs (`members.rs`), the use of matches (`placement.rs`).
 
 mod eviction;
-mod holders;
 mod nodes;
-mod search;
+mod segments;
 mod table;
 
 use types::{BlockEvent, BlockHash, NodeId, Tier};
 
 use eviction::Eviction;
-use holders::{Holders, Sets, members};
 use nodes::Nodes;
-use search::Search;
-use table::{Entry, Place, Table};
+use segments::Segments;
+use table::{Place, Table, Vacancy};
 
-/// Most (node, block) pairs that are remembered by default. With at most 55 bytes each, up to some 400 nodes, this bounds the index
-/// to some 105 MiB, and at 32 tokens per block it stands for 64 million cached tokens.
+/// Most (node, block) pairs that are remembered by default. At 32 tokens per block it stands for 64 million cached tokens, and with
+/// at most 64 bytes for each block of a long chain bounds the index to some 122 MiB. A chain's beginning, and every branch, takes
+/// up to 160 bytes more.
 pub const ENTRIES_MAX_DEFAULT: usize = 2_000_000;
 
 /// Events whose blocks are looked for together.
 const FETCH_EVENTS: usize = 16;
-/// Entries that every update looks at while blocks name nodes that are forgotten.
-const SWEEP_STEP: usize = 4;
-/// Forgotten nodes that blocks may name. One more, and all entries are looked at at once.
+/// Segments that every update looks at while some name nodes that are forgotten.
+const SWEEP_STEP: usize = 1;
+/// Blocks of a forgotten node that one look at a segment removes.
+const SWEEP_BLOCKS: u32 = 8;
+/// Forgotten nodes that segments may name. One more, and all segments are looked at at once.
 const STALE_MAX: usize = 64;
 
 /// Blocks by holder, for every node that was heard of.
 #[derive(Debug)]
 pub struct PrefixIndex {
     table: Table,
-    sets: Sets,
+    segments: Segments,
     nodes: Nodes,
     /// Pairs of nodes that are known.
     entries: usize,
@@ -49,19 +51,27 @@ pub struct PrefixIndex {
     entries_max: usize,
     refused: u64,
     eviction: Eviction,
-    /// The next entry to look at for forgotten nodes.
-    sweep: u64,
+    /// The next segment to look at for forgotten nodes.
+    sweep: u32,
 }
 
 /// A node and how many leading blocks of the chain asked for it holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Match {
+pub struct Match<'a> {
     /// Who holds them.
-    pub node: NodeId,
+    pub node: &'a NodeId,
     /// How many; at least 1.
     pub blocks: usize,
     /// How many of them are in memory. The rest, which follow them, are on its disk.
     pub in_memory: usize,
+}
+
+/// A block that a node stored.
+#[derive(Debug, Clone, Copy)]
+struct Stored {
+    key: u64,
+    parent: u64,
+    in_memory: bool,
 }
 
 impl PrefixIndex {
@@ -69,7 +79,7 @@ impl PrefixIndex {
     pub fn new(entries_max: usize) -> Self {
         Self {
             table: Table::new(),
-            sets: Sets::new(),
+            segments: Segments::default(),
             nodes: Nodes::default(),
             entries: 0,
             stale: 0,
@@ -86,20 +96,26 @@ impl PrefixIndex {
     }
 
     /// Takes in events of `node`'s log. Near the bound, ends of chains that were stored long ago are forgotten for new blocks; a
-    /// block for which none can be is left out. Both are counted in [`PrefixIndex::refused`].
+    /// block for which none can be is left out. Both are counted in [`PrefixIndex::refused`], as is what follows a block that
+    /// is not known to be there.
     pub fn apply_all(&mut self, node: &NodeId, events: &[BlockEvent]) {
         let mut slot = self.nodes.slot(node);
+        let mut last = None;
         for events in events.chunks(FETCH_EVENTS) {
-            self.table
-                .fetch(events.iter().map(|event| key_of(hash_of(event))));
+            self.table.fetch(keys_of(events));
             for event in events {
+                self.sweep(SWEEP_STEP);
                 match *event {
                     BlockEvent::Stored { hash, parent, tier } => {
-                        slot = slot.or_else(|| self.slot_of(node));
-                        match slot {
-                            Some(slot) => self.insert(slot, key_of(&hash), key_of(&parent), tier),
-                            None => self.refused += 1,
-                        }
+                        slot = slot.or_else(|| self.nodes.slot_or_new(node));
+                        let block = Stored {
+                            key: key_of(&hash),
+                            parent: key_of(&parent),
+                            in_memory: tier < Tier::Disk,
+                        };
+                        let stored = slot.and_then(|slot| self.store(slot, block, last));
+                        self.refused += u64::from(stored.is_none());
+                        last = stored.or(last);
                     }
                     BlockEvent::Moved { hash, tier } => {
                         if let Some(slot) = slot {
@@ -112,7 +128,6 @@ impl PrefixIndex {
                         }
                     }
                 }
-                self.sweep(SWEEP_STEP);
             }
         }
     }
@@ -124,29 +139,56 @@ impl PrefixIndex {
         self.entries -= blocks;
         self.stale += blocks;
         if self.nodes.stale_count() > STALE_MAX {
-            self.sweep = 0;
             self.sweep(usize::MAX);
         }
     }
 
-    /// How many leading blocks of the chain `hashes` each node holds, longest first, then by name. Nodes that hold none are
-    /// left out.
+    /// How many leading blocks of the chain `hashes` each node holds, in no particular order. Nodes that hold none are left out.
     ///
-    /// The cost is the logarithm of the chain's length in look-ups, for every length at which nodes' runs end, and one step
-    /// for every node that holds something.
-    pub fn match_prefix(&self, hashes: &[BlockHash]) -> Vec<Match> {
-        let mut found = Search::run(&self.table, &self.sets, hashes, self.nodes.live());
-        for equal in found.runs.chunk_by_mut(|a, b| a.0 == b.0) {
-            equal.sort_unstable_by_key(|(_, slot)| self.nodes.rank_of(*slot));
+    /// The cost is a look-up for every branch that the chain takes, and one step for every node that holds its beginning;
+    /// where the chain is known only in part, also the logarithm of its length.
+    pub fn match_prefix(&self, hashes: &[BlockHash]) -> Vec<Match<'_>> {
+        let first = hashes.first().and_then(|hash| self.table.get(key_of(hash)));
+        let Some(first) = first.filter(|place| place.at == 0) else {
+            return Vec::new();
+        };
+        let root = self.segments.get(first.segment);
+        let mut known = root.common(hashes);
+        let reach = |most: usize, blocks: u32| most.min(blocks as usize);
+        let mut matches: Vec<(usize, usize)> = root
+            .runs
+            .iter()
+            .map(|run| (reach(known, run.blocks), reach(known, run.in_memory)))
+            .collect();
+        let mut number = first.segment;
+        let mut at = known;
+        while let Some(branch) = self.branch(hashes.get(at), number, known) {
+            let segment = self.segments.get(branch);
+            known = segment.common(&hashes[at..]);
+            for run in &segment.runs {
+                // Who lacks a block before has no use for those after it.
+                if let Ok(place) = root.find(run.slot as usize)
+                    && matches[place].0 == at
+                {
+                    if matches[place].1 == at {
+                        matches[place].1 += reach(known, run.in_memory);
+                    }
+                    matches[place].0 += reach(known, run.blocks);
+                }
+            }
+            (number, at) = (branch, at + known);
         }
-        let matches = found.runs.iter().filter_map(|(blocks, slot)| {
-            Some(Match {
-                node: self.nodes.id(*slot)?.clone(),
-                blocks: *blocks,
-                in_memory: found.in_memory[*slot],
-            })
-        });
-        matches.collect()
+        let mut found = Vec::with_capacity(matches.len());
+        for (run, (blocks, in_memory)) in root.runs.iter().zip(matches) {
+            if let Some(node) = self.nodes.id(run.slot as usize) {
+                found.push(Match {
+                    node,
+                    blocks,
+                    in_memory,
+                });
+            }
+        }
+        found
     }
 
     /// Blocks of `node` that are known.
@@ -171,15 +213,23 @@ impl PrefixIndex {
 
     /// Property tests call this after every step.
     pub fn check_integrity(&self) {
-        self.table.check_integrity();
         let mut blocks = vec![0; self.nodes.len()];
-        let mut bits = vec![0; 2 * self.sets.words()];
-        for entry in self.table.iter() {
-            self.sets.load(entry.holders, &mut bits);
-            let (held, in_memory) = bits.split_at(self.sets.words());
-            assert!(in_memory.iter().zip(held).all(|(fast, held)| fast & !held == 0));
-            members(held).for_each(|slot| blocks[slot] += 1);
+        let mut keys = 0;
+        for (number, segment) in self.segments.iter() {
+            for (at, key) in (0u32..).zip(&segment.keys) {
+                let segment = number;
+                assert_eq!(self.table.get(*key), Some(Place { segment, at }));
+            }
+            keys += segment.keys.len();
+            assert!(segment.runs.is_sorted_by(|a, b| a.slot < b.slot));
+            for run in &segment.runs {
+                assert!(run.in_memory <= run.blocks && run.blocks > 0);
+                blocks[run.slot as usize] += run.blocks as usize;
+            }
+            let longest = segment.runs.iter().map(|run| run.blocks).max();
+            assert_eq!(longest, Some(segment.len()));
         }
+        assert_eq!(keys, self.table.check_integrity());
         let (mut live, mut stale) = (0, 0);
         for (slot, blocks) in blocks.into_iter().enumerate() {
             assert_eq!(blocks, self.nodes.blocks(slot));
@@ -194,124 +244,151 @@ impl PrefixIndex {
         assert!(self.entries + self.stale <= self.entries_max);
     }
 
-    fn slot_of(&mut self, node: &NodeId) -> Option<usize> {
-        let slot = self.nodes.slot_or_new(node)?;
-        self.sets.widen(self.nodes.len());
-        Some(slot)
+    /// The segment that goes on with the block `hash` after `blocks` blocks of segment `number`.
+    fn branch(&self, hash: Option<&BlockHash>, number: u32, blocks: usize) -> Option<u32> {
+        let place = self.table.get(key_of(hash?))?;
+        let after = Place {
+            segment: number,
+            at: blocks as u32 - 1,
+        };
+        (place.at == 0 && self.segments.link(place.segment) == Some(after)).then_some(place.segment)
     }
 
-    fn insert(&mut self, slot: usize, key: u64, parent: u64, tier: Tier) {
-        let in_memory = tier < Tier::Disk;
+    /// Where a block that `slot` stored now is. `last` is where its last one is, which usually comes before. `None` if it is left out.
+    fn store(&mut self, slot: usize, block: Stored, last: Option<Place>) -> Option<Place> {
+        let Stored { key, parent, .. } = block;
+        let before = last
+            .filter(|place| self.segments.has(*place, parent))
+            .or_else(|| self.table.get(parent));
+        let next = before.and_then(|before| self.segments.next(before, key));
+        let place = match next {
+            Some(place) => place,
+            None => match self.table.get_or_vacancy(key)? {
+                Ok(place) => place,
+                Err(vacancy) => return self.store_new(slot, block, before, vacancy),
+            },
+        };
+        if place.at == 0 {
+            self.segments
+                .join(place.segment, before.map(|before| (before, parent)));
+        }
+        let segment = self.segments.get_mut(place.segment);
+        segment.used = self.eviction.now();
+        let held = segment.held(slot);
+        if place.at < held {
+            self.set_in_memory(slot, place, block.in_memory);
+            return Some(place);
+        }
+        if place.at > held || self.is_full_for(key, parent, Some(place.segment)) {
+            return None;
+        }
+        self.add(slot, place, block.in_memory);
+        Some(place)
+    }
+
+    /// Stores a block that nobody holds.
+    fn store_new(
+        &mut self,
+        slot: usize,
+        block: Stored,
+        before: Option<Place>,
+        vacancy: Vacancy,
+    ) -> Option<Place> {
+        let Stored { key, parent, .. } = block;
+        let keep = before.map(|place| place.segment);
+        let goes_on = |place: Place| self.segments.get(place.segment).len() == place.at + 1;
+        let lacks_parent =
+            |place: Place| goes_on(place) && self.segments.get(place.segment).held(slot) <= place.at;
+        if before.is_some_and(lacks_parent) {
+            self.leave_out(key);
+            return None;
+        }
+        if self.is_full_for(key, parent, keep) {
+            return None;
+        }
         let now = self.eviction.now();
-        if let Some(entry) = self.table.get_mut(key) {
-            entry.used = now;
-            if self.sets.get(entry.holders, slot).is_some() {
-                self.sets.insert(&mut entry.holders, slot, in_memory);
-                return;
-            }
+        if let Some(before) = before {
+            self.segments.get_mut(before.segment).used = now;
         }
-        if self.is_full_for(key, parent) || !self.add_holder(slot, key, parent, in_memory) {
-            self.refused += 1;
-            return;
-        }
+        let place = self.segments.add(key, before.map(|before| (before, parent)));
+        self.table.insert(vacancy, place);
+        self.segments.get_mut(place.segment).used = now;
+        self.add(slot, place, block.in_memory);
+        Some(place)
+    }
+
+    /// `slot` holds one block more of a segment.
+    fn add(&mut self, slot: usize, place: Place, in_memory: bool) {
+        self.segments.get_mut(place.segment).extend(slot, in_memory);
         self.nodes.add(slot);
         self.entries += 1;
         self.eviction.tick();
     }
 
-    /// Adds a holder, and the block with its first one. Whether there was room.
-    fn add_holder(&mut self, slot: usize, key: u64, parent: u64, in_memory: bool) -> bool {
-        let place = match self.table.find(key) {
-            Ok(place) => {
-                let holders = &mut self.table.at_mut(place).holders;
-                self.sets.insert(holders, slot, in_memory);
-                return true;
-            }
-            Err(place) => place,
-        };
-        let used = self.eviction.now();
-        let entry = Entry {
-            key,
-            parent,
-            holders: Holders::one(slot, in_memory),
-            children: 0,
-            used,
-        };
-        let has_room = self.table.insert(place, entry);
-        if has_room && let Some(parent) = self.table.get_mut(parent) {
-            parent.children = parent.children.saturating_add(1);
-            parent.used = used;
+    fn set_in_memory(&mut self, slot: usize, place: Place, in_memory: bool) {
+        let segment = self.segments.get_mut(place.segment);
+        if let Ok(at) = segment.find(slot)
+            && place.at < segment.runs[at].blocks
+        {
+            segment.runs[at].set_in_memory(place.at, in_memory);
         }
-        has_room
     }
 
     fn update(&mut self, slot: usize, key: u64, tier: Tier) {
-        if let Some(entry) = self.table.get_mut(key)
-            && self.sets.get(entry.holders, slot).is_some()
-        {
-            self.sets.insert(&mut entry.holders, slot, tier < Tier::Disk);
+        if let Some(place) = self.table.get(key) {
+            self.set_in_memory(slot, place, tier < Tier::Disk);
         }
     }
 
     fn remove(&mut self, slot: usize, key: u64) {
-        if let Ok(place) = self.table.find(key)
-            && self.sets.get(self.table.at(place).holders, slot).is_some()
+        if let Some(place) = self.table.get(key)
+            && let Ok(at) = self.segments.get(place.segment).find(slot)
         {
-            self.remove_holder(place, slot);
+            self.shorten(place.segment, at, place.at);
+            self.trim(place.segment);
         }
     }
 
-    /// Removes one holder, and the block with its last one.
-    fn remove_holder(&mut self, place: Place, slot: usize) {
-        let entry = self.table.at_mut(place);
-        self.sets.remove(&mut entry.holders, slot);
-        let (holders, parent) = (entry.holders, entry.parent);
-        if self.nodes.subtract(slot) {
-            self.stale -= 1;
+    /// Ends a run of a segment after `blocks` blocks. The caller trims the segment.
+    fn shorten(&mut self, number: u32, at: usize, blocks: u32) {
+        let segment = self.segments.get_mut(number);
+        let run = &mut segment.runs[at];
+        let (slot, gone) = (run.slot as usize, run.shorten(blocks));
+        if run.blocks == 0 {
+            segment.runs.remove(at);
+        }
+        if self.nodes.subtract(slot, gone) {
+            self.stale -= gone;
         } else {
-            self.entries -= 1;
-        }
-        if holders.is_empty() {
-            self.remove_block(place, parent);
+            self.entries -= gone;
         }
     }
 
-    /// Removes a block that nobody holds.
-    fn remove_block(&mut self, place: Place, parent: u64) {
-        self.table.remove(place);
-        if let Some(parent) = self.table.get_mut(parent) {
-            // A count that is full has lost its meaning; one that is zero never counted this child.
-            if parent.children < u16::MAX {
-                parent.children = parent.children.saturating_sub(1);
-            }
+    /// Drops blocks of a segment that nobody holds any more.
+    fn trim(&mut self, number: u32) {
+        for key in self.segments.trim(number) {
+            self.table.remove(key);
         }
     }
 
-    /// Looks at up to `steps` entries for nodes that are forgotten, and removes these.
+    /// Looks at up to `steps` segments for nodes that are forgotten, and removes some of what these hold.
     fn sweep(&mut self, steps: usize) {
         for _ in 0..steps {
             if self.stale == 0 {
                 return;
             }
-            let Some(place) = self.table.next(self.sweep) else {
+            if self.sweep >= self.segments.numbers() {
                 self.sweep = 0;
-                continue;
-            };
-            let Entry { key, holders, .. } = *self.table.at(place);
-            self.sweep = key.wrapping_add(1);
-            if self.sets.count_among(holders, self.nodes.stale()) > 0 {
-                self.drop_holders(place, |nodes, slot| nodes.id(slot).is_none());
             }
-        }
-    }
-
-    /// Removes those holders of a block that `goes` names.
-    fn drop_holders(&mut self, place: Place, goes: impl Fn(&Nodes, usize) -> bool) {
-        let mut bits = vec![0; 2 * self.sets.words()];
-        self.sets.load(self.table.at(place).holders, &mut bits);
-        for slot in members(&bits[..self.sets.words()]) {
-            if goes(&self.nodes, slot) {
-                self.remove_holder(place, slot);
+            let segment = self.segments.get(self.sweep);
+            let is_stale = |slot: u32| self.nodes.id(slot as usize).is_none();
+            match segment.runs.iter().position(|run| is_stale(run.slot)) {
+                Some(at) => {
+                    let left = segment.runs[at].blocks.saturating_sub(SWEEP_BLOCKS);
+                    self.shorten(self.sweep, at, left);
+                    self.trim(self.sweep);
+                }
+                None => self.sweep += 1,
             }
         }
     }
@@ -321,6 +398,16 @@ impl PrefixIndex {
 fn key_of(hash: &BlockHash) -> u64 {
     let BlockHash([a, b, c, d, e, f, g, h, ..]) = *hash;
     u64::from_be_bytes([a, b, c, d, e, f, g, h])
+}
+
+/// The blocks that events name, but for those before them that are named already.
+fn keys_of(events: &[BlockEvent]) -> impl Iterator<Item = u64> {
+    let before = match events.first() {
+        Some(BlockEvent::Stored { parent, .. }) => Some(key_of(parent)),
+        _ => None,
+    };
+    let named = events.iter().map(|event| key_of(hash_of(event)));
+    before.into_iter().chain(named)
 }
 
 fn hash_of(event: &BlockEvent) -> &BlockHash {

@@ -100,7 +100,7 @@ pub struct Problem<'a> {
     /// Tokens of the sequence so far; at least 1.
     pub prompt_tokens: u64,
     /// What is held where of the prompt's full blocks.
-    pub matches: &'a [Match],
+    pub matches: &'a [Match<'a>],
     /// The nodes that serve the request's model.
     pub nodes: &'a [NodeView],
     /// Nodes on which earlier tries of this request failed.

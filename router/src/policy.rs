@@ -200,7 +200,7 @@ impl Policy for Dynamo {
 
 /// What the blocks that a node holds of the prompt are worth to [`Dynamo`].
 fn credit(problem: &Problem<'_>, node: &NodeId) -> f64 {
-    let found = problem.matches.iter().find(|found| found.node == *node);
+    let found = problem.matches.iter().find(|found| found.node == node);
     found.map_or(0.0, |found| {
         found.in_memory as f64 + DYNAMO_DISK_CREDIT * (found.blocks - found.in_memory) as f64
     })

@@ -1,21 +1,22 @@
 //! What a full index forgets: chains from their ends, those first that were stored longest ago.
 //!
-//! Near the bound a hand goes over the table, in the order of keys and so at random. Of a few ends of chains that it meets, the
-//! oldest one is forgotten, then the block before it, and so on, up to where the chain branches or to a block that was stored again since.
+//! Near the bound a hand goes over the segments, far from one to the next. Of a few with an end that it meets, the oldest one is
+//! forgotten from its end up to where it branches, then the segment before it, and so on, up to one that was stored again since.
 //! How far an insertion goes is bounded; room is made ahead of need, so that long ways between ends
 //! of chains spread over many insertions. Deterministic: the same events leave the same index.
 
 use super::PrefixIndex;
-use super::table::{Entry, Place};
 
 /// Room is made when less than this part of the bound is left.
 const RESERVE: usize = 64;
-/// Entries that one insertion looks at or forgets.
+/// Segments looked at, and blocks forgotten, by one insertion.
 const STEPS: usize = 64;
 /// Ends of chains that compete for being the oldest.
 const SAMPLES: u8 = 4;
 /// Moments that a full index tells apart; after 16 times as many, old is taken for new.
 const MOMENTS: usize = 16;
+/// The golden ratio of all numbers: steps of it come evenly near to every number.
+const STRIDE: u64 = 0x9e37_79b9_7f4a_7c15;
 
 #[derive(Debug)]
 pub(super) struct Eviction {
@@ -35,10 +36,10 @@ pub(super) struct Eviction {
     left_out: Option<u64>,
 }
 
-/// The end of a chain. Blocks before it go with it unless they were used later than it was.
+/// The end of a chain. Segments before it go with it unless they were used later than it was.
 #[derive(Debug, Clone, Copy)]
 struct Tail {
-    key: u64,
+    segment: u32,
     used: u8,
 }
 
@@ -91,73 +92,84 @@ impl Eviction {
 }
 
 impl PrefixIndex {
-    /// Whether there is no room for a pair more, of a block `key` that follows `parent`. Makes some near the bound.
-    pub(super) fn is_full_for(&mut self, key: u64, parent: u64) -> bool {
+    /// Whether there is no room for a pair more, of a block `key` that follows `parent`. Makes some near the bound, and not of the
+    /// segment `keep`.
+    pub(super) fn is_full_for(&mut self, key: u64, parent: u64, keep: Option<u32>) -> bool {
         let mut is_left_out = self.eviction.left_out == Some(parent);
         if !is_left_out && self.entries + self.stale >= self.eviction.crowded {
-            self.make_room(key, parent);
+            self.make_room(keep);
             is_left_out = self.entries + self.stale >= self.entries_max;
         }
         if is_left_out {
-            self.eviction.left_out = Some(key);
+            self.leave_out(key);
         } else if self.eviction.left_out == Some(key) {
             self.eviction.left_out = None;
         }
         is_left_out
     }
 
-    /// Neither `key` nor `parent` is forgotten.
-    fn make_room(&mut self, key: u64, parent: u64) {
-        self.sweep(STEPS);
-        for _ in 0..STEPS {
-            if self.entries + self.stale < self.eviction.crowded {
-                return;
-            }
-            let tail = self.eviction.tail.or_else(|| self.next_tail(key, parent));
+    /// What follows `key` is left out, as it is.
+    pub(super) fn leave_out(&mut self, key: u64) {
+        self.eviction.left_out = Some(key);
+    }
+
+    fn make_room(&mut self, keep: Option<u32>) {
+        let mut steps = STEPS;
+        while steps > 0 && self.entries + self.stale >= self.eviction.crowded {
+            steps -= 1;
+            let tail = self.eviction.tail.or_else(|| self.next_tail(keep));
             if let Some(tail) = tail {
-                self.eviction.tail = self.forget_end(tail, key, parent);
+                let before = self.entries + self.stale;
+                self.eviction.tail = self.forget_end(tail, keep, steps + 1);
+                steps = steps.saturating_sub(before - self.entries - self.stale);
             }
         }
     }
 
-    /// Moves the hand by one entry.
-    fn next_tail(&mut self, key: u64, parent: u64) -> Option<Tail> {
-        let Some(place) = self.table.next(self.eviction.hand) else {
-            self.eviction.hand = 0;
-            return None;
-        };
-        let entry = *self.table.at(place);
-        self.eviction.hand = entry.key.wrapping_add(1);
-        if is_end(&entry, key, parent) {
-            let (key, used) = (entry.key, entry.used);
-            self.eviction.sample(Tail { key, used });
+    /// Moves the hand by one segment.
+    fn next_tail(&mut self, keep: Option<u32>) -> Option<Tail> {
+        self.eviction.hand = self.eviction.hand.wrapping_add(STRIDE);
+        let among = u128::from(self.segments.numbers());
+        let segment = ((u128::from(self.eviction.hand) * among) >> 64) as u32;
+        if among > 0 && self.has_end(segment, keep) {
+            let used = self.segments.get(segment).used;
+            self.eviction.sample(Tail { segment, used });
         }
         self.eviction.tail
     }
 
-    /// Forgets a block if it is still the end of a chain. What goes next.
-    fn forget_end(&mut self, tail: Tail, key: u64, parent: u64) -> Option<Tail> {
-        let place = self.table.find(tail.key).ok()?;
-        let entry = *self.table.at(place);
-        let is_younger = self.eviction.age(entry.used) < self.eviction.age(tail.used);
-        if !is_end(&entry, key, parent) || is_younger {
+    /// Forgets up to `most` last blocks of a segment if it still has an end. What goes next.
+    fn forget_end(&mut self, tail: Tail, keep: Option<u32>, most: usize) -> Option<Tail> {
+        let segment = self.segments.get(tail.segment);
+        let is_younger = self.eviction.age(segment.used) < self.eviction.age(tail.used);
+        if !self.has_end(tail.segment, keep) || is_younger {
             return None;
         }
-        self.forget_block(place);
-        Some(Tail {
-            key: entry.parent,
-            used: tail.used,
-        })
+        let excess = self.entries + self.stale - self.eviction.crowded + 1;
+        let blocks = excess.div_ceil(segment.runs.len()).min(most) as u32;
+        let left = segment.len().saturating_sub(blocks).max(segment.branched());
+        let next = match left {
+            0 => self.segments.link(tail.segment).map(|place| place.segment),
+            _ => Some(tail.segment),
+        };
+        self.forget_beyond(tail.segment, left);
+        next.map(|segment| Tail { segment, ..tail })
     }
 
-    fn forget_block(&mut self, place: Place) {
-        let entry = *self.table.at(place);
-        let known = self.sets.count_among(entry.holders, self.nodes.live());
-        self.drop_holders(place, |_, _| true);
-        self.refused += known as u64;
+    fn forget_beyond(&mut self, number: u32, left: u32) {
+        let runs = self.segments.get(number).runs.len();
+        // From the last one, since a run without blocks goes.
+        for at in (0..runs).rev() {
+            let known = self.entries;
+            self.shorten(number, at, left);
+            self.refused += (known - self.entries) as u64;
+        }
+        self.trim(number);
     }
-}
 
-fn is_end(entry: &Entry, key: u64, parent: u64) -> bool {
-    entry.children == 0 && entry.key != key && entry.key != parent
+    /// Whether a segment has last blocks that no branch needs.
+    fn has_end(&self, number: u32, keep: Option<u32>) -> bool {
+        let segment = self.segments.get(number);
+        segment.len() > segment.branched() && keep != Some(number)
+    }
 }

@@ -1,30 +1,21 @@
 //! The nodes that the index tells apart, by small numbers: slots.
 //!
-//! A node that is forgotten leaves its slot stale: blocks still name it, and it is vacant only when none does.
+//! A node that is forgotten leaves its slot stale: segments still name it, and it is vacant only when none does.
 
 use std::collections::HashMap;
 
 use types::NodeId;
 
-use super::holders::{SLOTS_MAX, assign, members};
+/// Nodes, known and stale ones, that are told apart.
+pub(super) const SLOTS_MAX: usize = 1 << 14;
 
 #[derive(Debug, Default)]
 pub(super) struct Nodes {
-    slots: Vec<Slot>,
+    /// Whose each slot is; nobody's if it is vacant or stale.
+    ids: Vec<Option<NodeId>>,
+    /// Blocks that each slot is said to hold.
+    blocks: Vec<usize>,
     by_name: HashMap<NodeId, usize>,
-    /// The slots of nodes that are known, and those that are stale, as bitsets.
-    live: Vec<u64>,
-    stale: Vec<u64>,
-}
-
-#[derive(Debug, Default)]
-struct Slot {
-    /// Whose it is; nobody's if it is vacant or stale.
-    id: Option<NodeId>,
-    /// Blocks that name the slot.
-    blocks: usize,
-    /// Place of the name among all names.
-    rank: usize,
 }
 
 impl Nodes {
@@ -37,86 +28,54 @@ impl Nodes {
         if let Some(slot) = self.slot(node) {
             return Some(slot);
         }
-        let vacant = |slot: &Slot| slot.id.is_none() && slot.blocks == 0;
-        let slot = self.slots.iter().position(vacant).unwrap_or(self.slots.len());
+        let is_vacant = |slot: &usize| self.ids[*slot].is_none() && self.blocks[*slot] == 0;
+        let slot = (0..self.len()).find(is_vacant).unwrap_or(self.len());
         if slot >= SLOTS_MAX {
             return None;
         }
-        if slot == self.slots.len() {
-            self.slots.push(Slot::default());
-            let words = self.slots.len().div_ceil(64);
-            self.live.resize(words, 0);
-            self.stale.resize(words, 0);
+        if slot == self.len() {
+            self.ids.push(None);
+            self.blocks.push(0);
         }
-        self.slots[slot].id = Some(node.clone());
-        assign(&mut self.live, slot, true);
+        self.ids[slot] = Some(node.clone());
         self.by_name.insert(node.clone(), slot);
-        self.rank();
         Some(slot)
     }
 
-    /// Makes a node's slot stale, or vacant if no block names it. How many do.
+    /// Makes a node's slot stale, or vacant if it holds no block. How many it holds.
     pub(super) fn forget(&mut self, node: &NodeId) -> usize {
         let Some(slot) = self.by_name.remove(node) else {
             return 0;
         };
-        assign(&mut self.live, slot, false);
-        self.slots[slot].id = None;
-        let blocks = self.slots[slot].blocks;
-        assign(&mut self.stale, slot, blocks > 0);
-        blocks
+        self.ids[slot] = None;
+        self.blocks[slot]
     }
 
-    /// One more block names the slot.
+    /// The slot holds one more block.
     pub(super) fn add(&mut self, slot: usize) {
-        self.slots[slot].blocks += 1;
+        self.blocks[slot] += 1;
     }
 
-    /// One block less names the slot. Whether it is stale.
-    pub(super) fn subtract(&mut self, slot: usize) -> bool {
-        let of = &mut self.slots[slot];
-        of.blocks -= 1;
-        let is_stale = of.id.is_none();
-        if is_stale && of.blocks == 0 {
-            assign(&mut self.stale, slot, false);
-        }
-        is_stale
+    /// The slot holds so many blocks less. Whether it is stale.
+    pub(super) fn subtract(&mut self, slot: usize, blocks: usize) -> bool {
+        self.blocks[slot] -= blocks;
+        self.ids[slot].is_none()
     }
 
     pub(super) fn len(&self) -> usize {
-        self.slots.len()
-    }
-
-    pub(super) fn live(&self) -> &[u64] {
-        &self.live
-    }
-
-    pub(super) fn stale(&self) -> &[u64] {
-        &self.stale
+        self.ids.len()
     }
 
     pub(super) fn stale_count(&self) -> usize {
-        members(&self.stale).count()
+        let slots = self.ids.iter().zip(&self.blocks);
+        slots.filter(|(id, blocks)| id.is_none() && **blocks > 0).count()
     }
 
     pub(super) fn id(&self, slot: usize) -> Option<&NodeId> {
-        self.slots[slot].id.as_ref()
+        self.ids[slot].as_ref()
     }
 
     pub(super) fn blocks(&self, slot: usize) -> usize {
-        self.slots[slot].blocks
-    }
-
-    /// Orders slots as their nodes' names are.
-    pub(super) fn rank_of(&self, slot: usize) -> usize {
-        self.slots[slot].rank
-    }
-
-    fn rank(&mut self) {
-        let mut names: Vec<(&NodeId, usize)> = self.by_name.iter().map(|(id, slot)| (id, *slot)).collect();
-        names.sort_unstable();
-        for (rank, (_, slot)) in names.into_iter().enumerate() {
-            self.slots[slot].rank = rank;
-        }
+        self.blocks[slot]
     }
 }

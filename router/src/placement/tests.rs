@@ -68,11 +68,12 @@ impl Case {
     }
 
     fn place(&self, nodes: &[NodeView], policy: &mut dyn Policy) -> Result<Explanation, NoPlacement> {
-        let matches: Vec<Match> = self
-            .matches
+        let holder = |(node, blocks): &(&'static str, usize)| (NodeId::from(*node), *blocks);
+        let held: Vec<_> = self.matches.iter().map(holder).collect();
+        let matches: Vec<Match<'_>> = held
             .iter()
             .map(|(node, blocks)| Match {
-                node: (*node).into(),
+                node,
                 blocks: *blocks,
                 in_memory: (*blocks).min(self.in_memory_max.unwrap_or(usize::MAX)),
             })

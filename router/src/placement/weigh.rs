@@ -24,10 +24,10 @@ pub(super) struct Weighing<'a> {
     problem: &'a Problem<'a>,
     prefixes: Prefixes,
     nodes: HashMap<&'a NodeId, &'a NodeView>,
-    matches: HashMap<&'a NodeId, &'a Match>,
+    matches: HashMap<&'a NodeId, &'a Match<'a>>,
     /// Of nodes that may be read from, longest first, and of equals that with more of it in memory. A draining node still
     /// serves what it holds.
-    readable: Vec<&'a Match>,
+    readable: Vec<&'a Match<'a>>,
 }
 
 /// A node as the end that prefills.
@@ -65,13 +65,13 @@ impl Prefix {
 impl<'a> Weighing<'a> {
     pub(super) fn new(problem: &'a Problem<'a>, prefixes: Prefixes) -> Self {
         let nodes: HashMap<_, _> = problem.nodes.iter().map(|node| (&node.id, node)).collect();
-        let matches = problem.matches.iter().map(|found| (&found.node, found)).collect();
+        let matches = problem.matches.iter().map(|found| (found.node, found)).collect();
         let is_readable = |found: &&Match| {
-            let node = nodes.get(&found.node);
-            node.is_some_and(|node| node.readable) && !problem.excluded.contains(&found.node)
+            let node = nodes.get(found.node);
+            node.is_some_and(|node| node.readable) && !problem.excluded.contains(found.node)
         };
         let mut readable: Vec<_> = problem.matches.iter().filter(is_readable).collect();
-        readable.sort_by_key(|found| (Reverse((found.blocks, found.in_memory)), &found.node));
+        readable.sort_by_key(|found| (Reverse((found.blocks, found.in_memory)), found.node));
         Self {
             problem,
             prefixes,
@@ -255,7 +255,7 @@ impl<'a> Weighing<'a> {
     fn sources(&self, engine: &NodeView, own: usize) -> Arc<[Source]> {
         let longer = self.readable.iter().take_while(|found| found.blocks > own);
         longer
-            .filter(|found| found.node != engine.id)
+            .filter(|found| *found.node != engine.id)
             .take(SOURCES_MAX)
             .map(|found| Source {
                 node: found.node.clone(),

@@ -1,5 +1,5 @@
 //! Measures one prefix index on one load and prints the figures as a line of JSON: `dynamo-index SUBJECT LOAD WORKERS BLOCKS`.
-//! `scripts/bench_router_index.py` runs it for every subject in turns.
+//! `scripts/bench_router.py` runs it for every subject in turns.
 //!
 //! The index is compiled from the router's source, without the rest of the router.
 
@@ -14,12 +14,14 @@ mod router {
 }
 
 use std::hint::black_box;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use load::{Chain, EVENT_BLOCKS, Load};
 
 const DEPTHS: [usize; 3] = [16, 256, 2048];
-const FINDS: usize = 2000;
+/// Finds between two looks at the clock, and the least that one round of them takes.
+const FINDS: usize = 20;
+const ROUND: Duration = Duration::from_millis(10);
 
 /// An index as the bench sees it.
 pub trait Subject {
@@ -108,11 +110,14 @@ fn speed<S: Subject>(mut subject: S, workers: usize, blocks: usize) {
 fn find<S: Subject>(subject: &S, queries: &[S::Query]) -> f64 {
     let mut rounds: Vec<f64> = (0..4)
         .map(|_| {
-            let start = Instant::now();
-            for query in queries.iter().cycle().take(FINDS) {
-                black_box(subject.find(black_box(query)));
+            let (start, mut finds) = (Instant::now(), 0);
+            while start.elapsed() < ROUND {
+                for query in queries.iter().cycle().skip(finds % queries.len()).take(FINDS) {
+                    black_box(subject.find(black_box(query)));
+                }
+                finds += FINDS;
             }
-            start.elapsed().as_secs_f64() * 1e6 / FINDS as f64
+            start.elapsed().as_secs_f64() * 1e6 / finds as f64
         })
         .skip(1)
         .collect();
