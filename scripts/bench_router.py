@@ -11,16 +11,15 @@ import json
 import os
 import pathlib
 import re
-import socket
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
 
-from bench_transfer import Criterion, machine, table
+from bench_transfer import Criterion, absences, claims_table, machine, median, table
 from pages import replace_between
-from transfer_subjects import PEERS, ROOT, TARGET, Unavailable, processor_seconds_of, run
+from transfer_subjects import PEERS, ROOT, TARGET, Unavailable, free_port, processor_seconds_of, run
 
 PAGE = ROOT / "docs" / "performance.md"
 EXAMPLES = TARGET / "release" / "examples"
@@ -45,16 +44,12 @@ OPEN_RATE, OPEN_SECONDS, OPEN_CONNECTIONS = 500, 4.0, 64
 START_TIMEOUT = 60
 
 
+def output(*command):
+    return subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
 def index(subject, load, workers, blocks):
-    command = [TARGET / "peers" / "dynamo-index" / "release" / "dynamo-index", subject, load, workers, blocks]
-    output = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(output.stdout)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return json.loads(output(PEERS / "dynamo-index" / "release" / "dynamo-index", subject, load, workers, blocks))
 
 
 class FrontDoors:
@@ -120,9 +115,8 @@ class FrontDoors:
     def measure(self, name, connections, stream, seconds, *rate):
         address, pid = self.at[name]
         before = processor_seconds_of(pid) if pid else 0
-        command = [EXAMPLES / "front_door_load", address, connections, seconds, str(stream).lower(), *rate]
-        output = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True)
-        figures = json.loads(output.stdout)
+        load = output(EXAMPLES / "front_door_load", address, connections, seconds, str(stream).lower(), *rate)
+        figures = json.loads(load)
         if pid:
             figures["processor_us"] = (processor_seconds_of(pid) - before) / figures["requests"] * 1e6
         return figures
@@ -150,9 +144,8 @@ def collect_index(samples, rounds):
 
 def decide(locations):
     """p50 and p99 in ms, of hashing and placing, and of placing."""
-    command = [EXAMPLES / "decide", locations, NODES, 100_000]
-    output = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True).stdout
-    found = re.findall(r"p50 (\d+) µs, p99 (\d+) µs", output)
+    figures = output(EXAMPLES / "decide", locations, NODES, 100_000)
+    found = re.findall(r"p50 (\d+) µs, p99 (\d+) µs", figures)
     return [tuple(int(value) / 1e3 for value in pair) for pair in found]
 
 
@@ -167,10 +160,6 @@ def collect_front_doors(doors, samples, rounds):
         for name in doors.at:
             figures = doors.measure(name, OPEN_CONNECTIONS, False, OPEN_SECONDS, OPEN_RATE)
             samples.setdefault((name, "open"), []).append(figures)
-
-
-def middle(taken, field):
-    return statistics.median(sample[field] for sample in taken)
 
 
 def against_best(samples, fields, better):
@@ -198,7 +187,7 @@ def claims(samples, decisions, doors):
         elif name == OURS and case == ["open"]:
             pairs = zip(taken, doors["worker", "open"])
             added.append(("p99", statistics.median(our["p99_us"] - its["p99_us"] for our, its in pairs) / 1e3))
-    updates = [(what, middle(samples[what], "update_per_s") / 1e6) for what in ("mixed", "full")]
+    updates = [(what, median(samples[what], "update_per_s") / 1e6) for what in ("mixed", "full")]
     memory = [(f"{key[2]}, {key[3] // 1_000_000}M", value) for key, value in samples.items() if key[0] == "memory" and key[1] == OURS]
     finds = against_best(samples, FINDS + [("one_holder_us", "one holder")], min)
     return [
@@ -223,15 +212,15 @@ def index_tables(samples):
     fields = [*FINDS, ("one_holder_us", "one holder"), ("remove_us", "remove a worker")]
 
     def cell(name, field):
-        return " / ".join(f"{middle(samples[name, 64, blocks], field):.2f}" for blocks in BLOCKS)
+        return " / ".join(f"{median(samples[name, 64, blocks], field):.2f}" for blocks in BLOCKS)
 
     def by_workers(name, field):
-        return " / ".join(f"{middle(samples[name, workers, BLOCKS[-1]], field):.2f}" for workers in WORKERS)
+        return " / ".join(f"{median(samples[name, workers, BLOCKS[-1]], field):.2f}" for workers in WORKERS)
 
     store = table(
         ["store, M blocks/s", *names],
         [[f"{workers} workers, {blocks // 1000}k blocks",
-          *(f"{middle(samples[name, workers, blocks], 'store_per_s') / 1e6:.2f}" for name in names)] for workers, blocks in cases],
+          *(f"{median(samples[name, workers, blocks], 'store_per_s') / 1e6:.2f}" for name in names)] for workers, blocks in cases],
     )  # fmt: skip
     find = table(
         [f"µs, {' / '.join(map(str, WORKERS))} workers, 1M blocks", *names],
@@ -249,12 +238,12 @@ def front_door_tables(doors):
     names = [name for name in ("worker", OURS, SGLANG[0]) if (name, "open") in doors]
 
     def figures(taken):
-        cost = f", {middle(taken, 'processor_us'):.0f}" if "processor_us" in taken[0] else ""
-        return f"{middle(taken, 'requests_per_second'):.0f}{cost}"
+        cost = f", {median(taken, 'processor_us'):.0f}" if "processor_us" in taken[0] else ""
+        return f"{median(taken, 'requests_per_second'):.0f}{cost}"
 
     rates = [[f"{connections}{', streamed' if stream else ''}", *(figures(doors[name, connections, stream]) for name in names)]
              for stream in (False, True) for connections in CONNECTIONS]  # fmt: skip
-    times = [["p50 / p99, ms", *(" / ".join(f"{middle(doors[name, 'open'], field) / 1e3:.2f}" for field in ("p50_us", "p99_us"))
+    times = [["p50 / p99, ms", *(" / ".join(f"{median(doors[name, 'open'], field) / 1e3:.2f}" for field in ("p50_us", "p99_us"))
                                  for name in names)]]  # fmt: skip
     return "\n\n".join([
         table(["connections: requests/s, router's processor µs each", *names], rates),
@@ -263,16 +252,15 @@ def front_door_tables(doors):
 
 
 def section(samples, decisions, doors, missing, rounds):
-    absent = "".join(f"\n- {name} is missing: {reason}" for name, reason in missing.items())
     decided = table(
         ["a decision: locations", "to place, p50 / p99 ms", "with hashing the prompt"],
         [[f"{locations // 1_000_000} million", *(f"{pair[0]:.2f} / {pair[1]:.2f}" for pair in reversed(pairs))]
          for locations, pairs in decisions.items()],
     )  # fmt: skip
     return f"""Measured by `make bench-router` on {machine()}; dynamo-kv-router 1.6.1, {SGLANG[0]} {SGLANG[1]}; medians of {rounds} rounds in turns.
-Claims compare within a round: a case counts with the median of its rounds.{absent}
+Claims compare within a round: a case counts with the median of its rounds.{absences(missing)}
 
-{table(["claim", "median of the cases", "worst case", "which", ""], [claim.row() for claim in claims(samples, decisions, doors)])}
+{claims_table(claims(samples, decisions, doors))}
 
 Index: events of 16 blocks, chains of 256, one thread that applies. A find of a chain that all workers hold: the whole of it, or each a
 different part. "One holder" asks for chains of 256 blocks that one worker holds. What a removed worker held leaves our index bit by bit with
@@ -297,8 +285,10 @@ def main():
     arguments = parser.parse_args()
     rounds = 1 if arguments.quick else arguments.rounds
     PEERS.mkdir(parents=True, exist_ok=True)
-    run("cargo", "build", "--release", "--locked", "-p", "router", "--examples", cwd=ROOT)
-    run("cargo", "build", "--release", "--locked", "-p", "perigee", cwd=ROOT)
+    # Built by one command: apart, their dependencies would have other features, and be built again.
+    programs = ["--bin", "perigee"]
+    programs += [word for name in ("decide", "front_door_load", "trivial_cluster") for word in ("--example", name)]
+    run("cargo", "build", "--release", "--locked", "--workspace", *programs, cwd=ROOT)
     peer = {**os.environ, "CARGO_TARGET_DIR": str(PEERS / "dynamo-index")}
     run("cargo", "build", "--release", "--locked", "--manifest-path", INDEX_PEER / "Cargo.toml", cwd=ROOT, env=peer)
     samples, door_samples = {}, {}

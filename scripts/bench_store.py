@@ -18,7 +18,7 @@ import sys
 import time
 import types
 
-from bench_transfer import Criterion, machine, size, table
+from bench_transfer import Criterion, absences, claims_table, machine, median, size, table
 from pages import replace_between
 from transfer_subjects import KIB, MIB, MOONCAKE, PEERS, ROOT, TARGET, Ours, Streams, Unavailable, fetch_wheel, run
 from transfer_subjects import processor_seconds_of, wait_until_listening
@@ -275,29 +275,24 @@ def figures_table(title, samples, names, wanted, cell):
     return table(header, rows)
 
 
-def middle(taken, field):
-    return statistics.median(sample[field] for sample in taken)
-
-
 def section(samples, found, missing, wanted, rounds):
-    absent = "".join(f"\n- {name} is missing: {reason}" for name, reason in missing.items())
     names = list(found)
-    throughput = figures_table("MB/s", samples, [*names, "stream"], wanted, lambda taken: f"{middle(taken, SPEED):.0f}")
-    cost = figures_table("processor s/GB", samples, [*names, "stream"], wanted, lambda taken: f"{middle(taken, COST):.2f}")
+    throughput = figures_table("MB/s", samples, [*names, "stream"], wanted, lambda taken: f"{median(taken, SPEED):.0f}")
+    cost = figures_table("processor s/GB", samples, [*names, "stream"], wanted, lambda taken: f"{median(taken, COST):.2f}")
     latency = figures_table(
         "p50 / p99 of a batch, µs", samples, names, [case for case in wanted if case.clients == 1],
-        lambda taken: f"{middle(taken, 'p50_us'):.0f} / {middle(taken, 'p99_us'):.0f}",
+        lambda taken: f"{median(taken, 'p50_us'):.0f} / {median(taken, 'p99_us'):.0f}",
     )  # fmt: skip
     exists = table(
         ["exists, thousand keys/s", *names],
-        [[case, *(f"{middle(samples[name, case, 'exists'], KEYS) / 1e3:.0f}" for name in names)]
+        [[case, *(f"{median(samples[name, case, 'exists'], KEYS) / 1e3:.0f}" for name in names)]
          for case in wanted if case.block_bytes == 64 * KIB],
     )  # fmt: skip
     return f"""Measured by `make bench-store` on {machine()}; {MOONCAKE[0]} {MOONCAKE[1]}; medians of {rounds} rounds in turns.
 A client process and a store process; Mooncake Store has a master besides. Processor seconds are of all of them.
-Claims compare within a round: a case counts with the median of its rounds.{absent}
+Claims compare within a round: a case counts with the median of its rounds.{absences(missing)}
 
-{table(["claim", "median of the cases", "worst case", "which", ""], [claim.row() for claim in claims(samples)])}
+{claims_table(claims(samples))}
 
 {throughput}
 

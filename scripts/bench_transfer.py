@@ -213,6 +213,15 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def claims_table(claims):
+    return table(["claim", "median of the cases", "worst case", "which", ""], [claim.row() for claim in claims])
+
+
+def absences(missing):
+    """Lines that say what could not be measured, and why."""
+    return "".join(f"\n- {name} is missing: {reason}" for name, reason in missing.items())
+
+
 def throughput_table(samples, names, wanted):
     def cell(name, case):
         taken = samples.get((name, case))
@@ -294,14 +303,13 @@ def machine():
 def section(samples, found, missing, ucx, arguments, wanted):
     names = list(found)
     lasting = [name for name in names if hasattr(found[name], "ask") or name == "Mooncake"]
-    absent = "".join(f"\n- {name} is missing: {reason}" for name, reason in missing.items())
     origin = arguments.ucx if arguments.ucx in ("system", "pypi") else "a build"
     version = f"UCX {ucx.version} ({origin}), " if ucx else ""
     return f"""Measured by `make bench-transfer` on {machine()}; {version}Mooncake's {MOONCAKE[0]} {MOONCAKE[1]}; best and, in brackets,
 median of {arguments.rounds} rounds in turns, {arguments.seconds} s each. Every row is two processes; processor seconds are of both.
-Claims compare within a round: a case counts with the median of its rounds.{absent}
+Claims compare within a round: a case counts with the median of its rounds.{absences(missing)}
 
-{table(["claim", "median of the cases", "worst case", "which", ""], [criterion.row() for criterion in criteria(samples)])}
+{claims_table(criteria(samples))}
 
 ![GB/s by size]({PLOT.name})
 

@@ -110,12 +110,10 @@ class Perftest:
         iterations = max(4, int(rate * seconds / case.slice_bytes))
         warm_up = max(1, iterations // 10)
         test = {"write": "ucp_put_bw", "read": "ucp_get"}[case.op]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = free_port()
         options = {"env": self.environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        far = subprocess.Popen([self.ucx.perftest, "-p", port], **options)
-        wait_until_listening(int(port))
+        far = subprocess.Popen([self.ucx.perftest, "-p", str(port)], **options)
+        wait_until_listening(port)
         command = [self.ucx.perftest, "127.0.0.1", "-p", port, "-t", test, "-s", case.slice_bytes, "-n", iterations]
         command += ["-w", warm_up, "-f", "-v"]
         near = subprocess.Popen([str(part) for part in command], **options)
@@ -207,6 +205,12 @@ def processor_seconds_of(pid):
     """Of all its threads, also those that have ended, to the nanosecond: what /proc says of it comes in ticks of 10 ms."""
     # Linux's number of the processor clock of another process: clock_getcpuclockid(3).
     return time.clock_gettime(~pid << 3 | 2)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def wait_until_listening(port):
