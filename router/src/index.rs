@@ -241,7 +241,12 @@ impl PrefixIndex {
             *of += blocks;
         }
         assert_eq!((live, stale), (self.entries, self.stale));
-        assert!(self.entries + self.stale <= self.entries_max);
+        assert!(self.occupied() <= self.entries_max);
+    }
+
+    /// Pairs that take room: those that are known, and those that are still to be removed.
+    fn occupied(&self) -> usize {
+        self.entries + self.stale
     }
 
     /// The segment that goes on with the block `hash` after `blocks` blocks of segment `number`.

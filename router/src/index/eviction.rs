@@ -96,9 +96,9 @@ impl PrefixIndex {
     /// segment `keep`.
     pub(super) fn is_full_for(&mut self, key: u64, parent: u64, keep: Option<u32>) -> bool {
         let mut is_left_out = self.eviction.left_out == Some(parent);
-        if !is_left_out && self.entries + self.stale >= self.eviction.crowded {
+        if !is_left_out && self.occupied() >= self.eviction.crowded {
             self.make_room(keep);
-            is_left_out = self.entries + self.stale >= self.entries_max;
+            is_left_out = self.occupied() >= self.entries_max;
         }
         if is_left_out {
             self.leave_out(key);
@@ -115,13 +115,13 @@ impl PrefixIndex {
 
     fn make_room(&mut self, keep: Option<u32>) {
         let mut steps = STEPS;
-        while steps > 0 && self.entries + self.stale >= self.eviction.crowded {
+        while steps > 0 && self.occupied() >= self.eviction.crowded {
             steps -= 1;
             let tail = self.eviction.tail.or_else(|| self.next_tail(keep));
             if let Some(tail) = tail {
-                let before = self.entries + self.stale;
+                let before = self.occupied();
                 self.eviction.tail = self.forget_end(tail, keep, steps + 1);
-                steps = steps.saturating_sub(before - self.entries - self.stale);
+                steps = steps.saturating_sub(before - self.occupied());
             }
         }
     }
@@ -145,7 +145,7 @@ impl PrefixIndex {
         if !self.has_end(tail.segment, keep) || is_younger {
             return None;
         }
-        let excess = self.entries + self.stale - self.eviction.crowded + 1;
+        let excess = self.occupied() - self.eviction.crowded + 1;
         let blocks = excess.div_ceil(segment.runs.len()).min(most) as u32;
         let left = segment.len().saturating_sub(blocks).max(segment.branched());
         let next = match left {
