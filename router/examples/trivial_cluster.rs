@@ -67,19 +67,14 @@ async fn register(url: &str, nodes: &[harness::FakeNode]) -> Vec<Registration> {
 
 fn space(model: &Path) -> KvSpace {
     let model = router::Model::open(model, harness::MODEL).expect("a model");
-    KvSpace {
-        model_digest: model.digest().to_owned(),
-        arithmetic: "fast-1".into(),
-        layout: KvLayout {
-            layers: 30,
-            kv_heads: 3,
-            head_dim: 64,
-            block_tokens: 32,
-            dtype: KvDtype::F16,
-        },
-        adapter: None,
-        tenant_salt: String::new(),
-    }
+    let layout = KvLayout {
+        layers: 30,
+        kv_heads: 3,
+        head_dim: 64,
+        block_tokens: 32,
+        dtype: KvDtype::F16,
+    };
+    harness::space(&model, layout)
 }
 
 async fn serve_registry() -> String {

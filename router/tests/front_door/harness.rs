@@ -347,25 +347,31 @@ pub(crate) struct Fixture {
     _directory: tempfile::TempDir,
 }
 
+/// What the blocks of nodes that serve `model` are made of.
+pub(crate) fn space(model: &Model, layout: KvLayout) -> KvSpace {
+    KvSpace {
+        model_digest: model.digest().to_owned(),
+        arithmetic: "fast-1".into(),
+        layout,
+        adapter: None,
+        tenant_salt: String::new(),
+    }
+}
+
 impl Fixture {
     pub(crate) fn new() -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let path = directory.path().join("tiny.gguf");
         write_tiny_gguf(&path, &TinyModel::default()).expect("written");
         let model = Model::open(&path, MODEL).expect("a valid model");
-        let space = KvSpace {
-            model_digest: model.digest().to_owned(),
-            arithmetic: "fast-1".into(),
-            layout: KvLayout {
-                layers: 2,
-                kv_heads: 4,
-                head_dim: 32,
-                block_tokens: 8,
-                dtype: KvDtype::F16,
-            },
-            adapter: None,
-            tenant_salt: String::new(),
+        let layout = KvLayout {
+            layers: 2,
+            kv_heads: 4,
+            head_dim: 32,
+            block_tokens: 8,
+            dtype: KvDtype::F16,
         };
+        let space = space(&model, layout);
         Self {
             model: Arc::new(model),
             space,
