@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use node::config::{ByteSize, Duration};
+use types::Priority;
 
 use crate::cache::CacheCommand;
 use crate::output::Format;
@@ -283,8 +284,18 @@ pub(crate) struct GenerateArgs {
     /// Go on after the model's end-of-sequence token.
     #[arg(long)]
     pub(crate) ignore_eos: bool,
+    /// Tenant whose cache it uses.
+    #[arg(long, default_value = "")]
+    pub(crate) tenant: String,
+    /// How much it matters beside other requests: low, normal or high.
+    #[arg(long, default_value_t, value_parser = priority)]
+    pub(crate) priority: Priority,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+}
+
+fn priority(name: &str) -> Result<Priority, String> {
+    Priority::parse(name).ok_or_else(|| "it must be low, normal or high".to_owned())
 }
 
 /// Flags of `demo`.

@@ -48,6 +48,8 @@ pub(crate) async fn run(arguments: GenerateArgs, router: &str, format: Format) -
             ignore_eos: arguments.ignore_eos,
             ..sampling(&arguments.sampling)
         }),
+        tenant: arguments.tenant,
+        priority: arguments.priority.as_str().to_owned(),
         ..v1::GenerateRequest::default()
     };
     let mut out = std::io::stdout();

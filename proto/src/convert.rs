@@ -1,8 +1,8 @@
 //! Wire to domain and back. Everything from the wire is checked here, once, by its receiver.
 
 use types::{
-    BlockEvent, BlockHash, Error, ErrorCode, HostFacts, LoadReport, NodeRecord, RequestId, SamplingParams,
-    Tier, Token, TokenLogprob,
+    BlockEvent, BlockHash, Error, ErrorCode, HostFacts, LoadReport, NodeRecord, Priority, RequestId,
+    SamplingParams, Tier, Token, TokenLogprob,
 };
 
 use crate::v1;
@@ -61,6 +61,19 @@ pub fn request_id(text: &str) -> Result<RequestId, Error> {
         Error::invalid(
             "request_id",
             format!("request_id is {text:?}, but must be 32 hexadecimal digits"),
+        )
+    })
+}
+
+/// Reads a priority; empty is the usual one.
+pub fn priority(text: &str) -> Result<Priority, Error> {
+    if text.is_empty() {
+        return Ok(Priority::default());
+    }
+    Priority::parse(text).ok_or_else(|| {
+        Error::invalid(
+            "priority",
+            format!("priority is {text:?}, but must be low, normal or high"),
         )
     })
 }

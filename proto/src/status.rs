@@ -2,7 +2,7 @@
 
 use prost::Message;
 use tonic::{Code, Status};
-use types::{Error, ErrorCode};
+use types::{Constraint, Error, ErrorCode, Millis, Overload};
 
 use crate::v1;
 
@@ -40,6 +40,10 @@ pub fn to_failure(error: &Error) -> v1::Failure {
         message: error.message.clone(),
         param: error.param.clone(),
         retry_after_ms: error.retry_after_ms,
+        overload: error.overload.map(|overload| v1::Overload {
+            constraint: overload.constraint.as_str().to_owned(),
+            ttft_predicted_ms: overload.ttft_predicted.0,
+        }),
     }
 }
 
@@ -50,7 +54,16 @@ pub fn from_failure(failure: &v1::Failure) -> Error {
         message: failure.message.clone(),
         param: failure.param.clone(),
         retry_after_ms: failure.retry_after_ms,
+        overload: failure.overload.as_ref().and_then(overload),
     }
+}
+
+/// A constraint that we do not know is one of a newer router: the rest of the error says enough.
+fn overload(wire: &v1::Overload) -> Option<Overload> {
+    Some(Overload {
+        constraint: Constraint::parse(&wire.constraint)?,
+        ttft_predicted: Millis(wire.ttft_predicted_ms),
+    })
 }
 
 #[cfg(test)]
@@ -65,6 +78,10 @@ mod tests {
                 message: "the store holds 1 block, but 3 are needed".into(),
                 param: Some("prompt".into()),
                 retry_after_ms: Some(250),
+                overload: Some(Overload {
+                    constraint: Constraint::Ttft,
+                    ttft_predicted: Millis(812.5),
+                }),
             };
             assert_eq!(from_status(&to_status(&error)), error);
         }

@@ -1,17 +1,18 @@
 //! How long a decision takes: hashing the prompt, matching it against the index, and weighing every candidate.
 //!
 //! `cargo run --release -p router --example decide -- [locations] [nodes] [prompt tokens]`. One thread and the code that serves: a
-//! cluster of which three in five nodes prefill, whose index knows so many pairs of a node and a block; prompts of which nodes
-//! hold anything from nothing to all.
+//! cluster of which three in five nodes prefill, whose index knows so many pairs of a node and a block; as many running requests
+//! as a router lets by default; prompts of which nodes hold anything from nothing to all.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
 
 use kv_store::follower::Applied;
 use router::cluster::{Cluster, Query};
-use router::cost::Priors;
+use router::cost::{PlacementId, Priors};
 use router::placement::Settings;
 use router::policy::PolicyName;
+use router::residents::Answer;
 use types::{
     BlockEvent, BlockHash, Epoch, KvDtype, KvLayout, KvSpace, LoadReport, NodeId, NodeRecord, Role, Slo,
     Tier, Token,
@@ -21,6 +22,8 @@ const BLOCK_TOKENS: usize = 32;
 const DECISIONS: usize = 1_000;
 /// Different prompts of which nodes hold blocks.
 const PROMPTS: usize = 64;
+/// Requests that run, as many as a router lets by default.
+const RUNNING: usize = 512;
 const EPOCH: Epoch = Epoch(1);
 
 fn main() {
@@ -33,6 +36,7 @@ fn main() {
     let space = space();
     let mut cluster = members(&space, nodes, locations);
     fill(&mut cluster, &space, (nodes, locations), prompt_tokens);
+    run(&mut cluster, &space, prompt_tokens);
     let (mut whole, mut placing) = (Vec::new(), Vec::new());
     for decision in 0..DECISIONS {
         let held_blocks = decision * 7 % (prompt_tokens / BLOCK_TOKENS + 1);
@@ -41,12 +45,13 @@ fn main() {
         let begun = Instant::now();
         let hashes = space.root().chain(&prompt, BLOCK_TOKENS);
         let hashed = Instant::now();
-        place(&mut cluster, &space, &hashes, prompt_tokens);
+        let id = place(&mut cluster, &space, &hashes, prompt_tokens);
         whole.push(begun.elapsed());
         placing.push(hashed.elapsed());
+        cluster.ended(id, None);
     }
     println!(
-        "{nodes} nodes, {} locations, prompts of {prompt_tokens} tokens",
+        "{nodes} nodes, {} locations, {RUNNING} running requests, prompts of {prompt_tokens} tokens",
         cluster.index().len()
     );
     for (what, times) in [("hashed and placed", &mut whole), ("placed", &mut placing)] {
@@ -149,17 +154,40 @@ fn stored(root: BlockHash, chain: impl Iterator<Item = BlockHash>) -> impl Itera
     })
 }
 
-fn place(cluster: &mut Cluster, space: &KvSpace, hashes: &[BlockHash], prompt_tokens: usize) {
+fn place(cluster: &mut Cluster, space: &KvSpace, hashes: &[BlockHash], prompt_tokens: usize) -> PlacementId {
     let query = Query {
         hashes,
         key: hashes[0],
         prompt_tokens: prompt_tokens as u64,
         failed: &BTreeMap::new(),
         slo: Slo::default(),
+        answer: &answer(hashes),
         draw: 0,
     };
     match cluster.place(space, &query, Instant::now()) {
-        Ok(assignment) => cluster.ended(assignment.id),
+        Ok(assignment) => assignment.id,
         Err(error) => panic!("{error}"),
+    }
+}
+
+/// Of one of some tenants.
+fn answer(hashes: &[BlockHash]) -> Answer {
+    Answer {
+        tenant: format!("tenant-{}", hashes[0].0[0] % 8),
+        tokens: 0,
+        tokens_max: 4_096,
+    }
+}
+
+/// Requests that decode, after others have shown how long answers are.
+fn run(cluster: &mut Cluster, space: &KvSpace, prompt_tokens: usize) {
+    for number in 0..2 * RUNNING {
+        let hashes = [space.root().child(&[number as Token])];
+        let id = place(cluster, space, &hashes, prompt_tokens);
+        if number < RUNNING {
+            cluster.ended(id, Some(1 + number as u64 * 31 % 1_000));
+        } else {
+            cluster.prefilled(id, Instant::now());
+        }
     }
 }

@@ -1,16 +1,25 @@
 //! Who may run, who waits and who is turned away at once.
 //!
-//! Requests run up to a number and a sum of prompt tokens; more wait, first come first served, up to a second number and sum;
-//! whoever comes then is rejected with a time to come back. A request that asks for a time to first token which the
-//! prediction does not give is rejected before it costs anybody anything.
+//! Requests run up to a number and a sum of prompt tokens, and as long as nodes have room: what queues at a node can neither be
+//! overtaken nor go to another node that is free before, so nodes are given no more than keeps them busy, and the rest waits
+//! here, in the order of `queue.rs`. A request that asks for latencies which the prediction does not give is rejected before it
+//! costs anybody anything.
 //!
 //! Invariant: a ticket is in at most one place, and [`Admission::end`] frees that place at once, whether the request ended
-//! well, was cancelled or ran out of time. Pure: callers pass `now`. Elsewhere: waking who waits, and deadlines (`gate.rs`).
+//! well, was cancelled or ran out of time. Pure: callers pass `now`. Elsewhere: waking who waits, and deadlines (`gate.rs`); how much
+//! room nodes have (`cluster.rs`).
 
-use std::collections::{HashMap, VecDeque};
+mod queue;
+mod rejection;
+
+use std::collections::HashMap;
+use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
-use types::Millis;
+use types::{Millis, Priority, Slo};
+
+use queue::{Bounds, Pushed, Queue};
+pub use rejection::Rejection;
 
 /// Bounds of what a router holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,63 +51,69 @@ impl Default for Limits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ticket(pub u64);
 
-/// What becomes of a request that arrives.
+/// A request that wants to run.
+#[derive(Debug, Clone, Copy)]
+pub struct Arrival<'a> {
+    /// Its name.
+    pub ticket: Ticket,
+    /// Who asks.
+    pub tenant: &'a str,
+    /// The tenant's part, beside those of the other tenants that wait.
+    pub weight: NonZeroU32,
+    /// How much it matters.
+    pub priority: Priority,
+    /// Its size.
+    pub prompt_tokens: u64,
+}
+
+/// What the nodes can take without its queueing there for longer than it may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Prompt tokens. A request may exceed what is left: one that is larger than all that nodes may queue must run, too.
+    pub prompt_tokens: u64,
+}
+
+impl Room {
+    /// As much as anybody asks for.
+    pub const UNBOUNDED: Self = Self {
+        prompt_tokens: u64::MAX,
+    };
+
+    fn is_left(self) -> bool {
+        self.prompt_tokens > 0
+    }
+
+    fn take(&mut self, prompt_tokens: u64) {
+        self.prompt_tokens = self.prompt_tokens.saturating_sub(prompt_tokens);
+    }
+}
+
+/// What becomes of a request that arrives.
+#[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
     /// It runs.
     Run,
-    /// It waits until [`Admission::end`] of another one names it.
-    Wait,
+    /// It waits until [`Admission::end`] or [`Admission::make_room`] name it. Those who would have been served after it and had to
+    /// leave for it are rejected.
+    Wait(Vec<(Ticket, Rejection)>),
     /// It is turned away.
     Reject(Rejection),
 }
 
-/// Why a request is turned away, and when a new try has a chance.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Rejection {
-    /// The waiting requests are as many as may wait.
-    #[error("{waiting} requests wait already")]
-    QueueFull {
-        /// How many.
-        waiting: usize,
-        /// Milliseconds.
-        retry_after_ms: u64,
-    },
-    /// The first token would come too late.
-    #[error("the first token is predicted after {predicted_ms} ms, but the request allows {allowed_ms} ms")]
-    TooSlow {
-        /// Milliseconds from arrival.
-        predicted_ms: u64,
-        /// Milliseconds that the request allows.
-        allowed_ms: u64,
-        /// Milliseconds.
-        retry_after_ms: u64,
-    },
+/// What is predicted of a request.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Forecast {
+    /// Until its first token.
+    pub ttft: Millis,
+    /// Between its tokens, if that is to be judged.
+    pub tbt: Option<Millis>,
 }
-
-impl Rejection {
-    /// When a new try has a chance, in milliseconds.
-    pub fn retry_after_ms(&self) -> u64 {
-        match self {
-            Self::QueueFull { retry_after_ms, .. } | Self::TooSlow { retry_after_ms, .. } => *retry_after_ms,
-        }
-    }
-}
-
-/// Shortest and longest retry times that are given out: sooner is a storm, later is a guess.
-const RETRY_AFTER_MS: std::ops::RangeInclusive<f64> = 100.0..=30_000.0;
 
 /// Service time assumed before any request ended, in milliseconds.
 const SERVICE_MS_PRIOR: f64 = 1_000.0;
 
 /// Weight of the latest request in the smoothed service time.
 const SERVICE_SMOOTHING: f64 = 0.1;
-
-#[derive(Debug)]
-struct Waiting {
-    ticket: Ticket,
-    prompt_tokens: u64,
-}
 
 #[derive(Debug)]
 struct Running {
@@ -112,8 +127,9 @@ pub struct Admission {
     limits: Limits,
     running: HashMap<Ticket, Running>,
     running_prompt_tokens: u64,
-    waiting: VecDeque<Waiting>,
-    waiting_prompt_tokens: u64,
+    waiting: Queue,
+    /// What is left of the room that nodes had when that was last looked at.
+    room: Room,
     service_ms: f64,
 }
 
@@ -124,31 +140,30 @@ impl Admission {
             limits,
             running: HashMap::new(),
             running_prompt_tokens: 0,
-            waiting: VecDeque::new(),
-            waiting_prompt_tokens: 0,
+            waiting: Queue::default(),
+            room: Room::UNBOUNDED,
             service_ms: SERVICE_MS_PRIOR,
         }
     }
 
     /// A request arrives. It must be ended by [`Admission::end`] unless it is rejected.
-    pub fn arrive(&mut self, ticket: Ticket, prompt_tokens: u64, now: Instant) -> Outcome {
-        if self.waiting.is_empty() && self.fits(prompt_tokens) {
-            self.start(ticket, prompt_tokens, now);
+    pub fn arrive(&mut self, arrival: &Arrival<'_>, now: Instant) -> Outcome {
+        if self.runs_at_once(arrival) {
+            self.start(arrival.ticket, arrival.prompt_tokens, now);
             return Outcome::Run;
         }
-        let tokens = self.waiting_prompt_tokens + prompt_tokens;
-        if self.waiting.len() >= self.limits.waiting_max || tokens > self.limits.waiting_prompt_tokens_max {
-            return Outcome::Reject(Rejection::QueueFull {
+        let ahead = self.waiting.ahead_of(arrival);
+        match self.waiting.push(arrival, self.bounds()) {
+            Pushed::Waits(displaced) => {
+                let (waiting, wait) = (self.waiting.len(), self.turn(self.waiting.len()));
+                let rejection = Rejection::Displaced { waiting, wait };
+                Outcome::Wait(displaced.into_iter().map(|ticket| (ticket, rejection)).collect())
+            }
+            Pushed::Full => Outcome::Reject(Rejection::QueueFull {
                 waiting: self.waiting.len(),
-                retry_after_ms: retry_after(self.wait_ms().0),
-            });
+                wait: self.turn(ahead),
+            }),
         }
-        self.waiting_prompt_tokens = tokens;
-        self.waiting.push_back(Waiting {
-            ticket,
-            prompt_tokens,
-        });
-        Outcome::Wait
     }
 
     /// A request ended, was cancelled or gave up waiting. Gives those who run now in its place.
@@ -157,42 +172,50 @@ impl Admission {
             self.running_prompt_tokens -= running.prompt_tokens;
             let took_ms = now.duration_since(running.since).as_secs_f64() * 1e3;
             self.service_ms += SERVICE_SMOOTHING * (took_ms - self.service_ms);
-        } else if let Some(position) = self.waiting.iter().position(|waiting| waiting.ticket == ticket)
-            && let Some(waiting) = self.waiting.remove(position)
-        {
-            self.waiting_prompt_tokens -= waiting.prompt_tokens;
+        } else {
+            self.waiting.remove(ticket);
         }
         self.promote(now)
     }
 
-    /// Holds a prediction against what the request allows for its first token. `waited` is what has passed since arrival.
-    pub fn judge(
-        &self,
-        predicted: Millis,
-        waited: Duration,
-        ttft_slo: Option<Millis>,
-    ) -> Result<(), Rejection> {
-        let Some(allowed) = ttft_slo else {
-            return Ok(());
-        };
-        let predicted = waited.as_secs_f64() * 1e3 + predicted.0;
-        if predicted <= allowed.0 {
-            return Ok(());
+    /// Nodes have as much room as this. Gives those who run now.
+    pub fn make_room(&mut self, room: Room, now: Instant) -> Vec<Ticket> {
+        self.room = room;
+        self.promote(now)
+    }
+
+    /// Whether a request that comes now may wait only because the nodes had no room when that was last looked at.
+    pub fn lacks_room(&self) -> bool {
+        !self.room.is_left()
+    }
+
+    /// Holds a prediction against what the request allows. `waited` is what has passed since arrival.
+    pub fn judge(forecast: Forecast, waited: Duration, slo: Slo) -> Result<(), Rejection> {
+        let predicted = Millis(waited.as_secs_f64() * 1e3) + forecast.ttft;
+        if let Some(allowed) = slo.ttft
+            && predicted > allowed
+        {
+            return Err(Rejection::FirstTokenTooLate { predicted, allowed });
         }
-        Err(Rejection::TooSlow {
-            predicted_ms: predicted.ceil() as u64,
-            allowed_ms: allowed.0.floor() as u64,
-            retry_after_ms: retry_after(predicted - allowed.0),
-        })
+        if let Some(allowed) = slo.tbt
+            && let Some(gap) = forecast.tbt
+            && gap > allowed
+        {
+            return Err(Rejection::TokensTooSlow {
+                gap,
+                allowed,
+                first_token: predicted,
+            });
+        }
+        Ok(())
     }
 
     /// How long a request that arrives now would wait for its place.
-    pub fn wait_ms(&self) -> Millis {
-        if self.waiting.is_empty() && self.running.len() < self.limits.running_max {
+    pub fn wait(&self, arrival: &Arrival<'_>) -> Millis {
+        if self.runs_at_once(arrival) {
             return Millis(0.0);
         }
-        let turns = (self.waiting.len() + 1) as f64 / self.limits.running_max.max(1) as f64;
-        Millis(turns * self.service_ms)
+        self.turn(self.waiting.ahead_of(arrival))
     }
 
     /// Requests that run.
@@ -208,24 +231,28 @@ impl Admission {
     /// Property tests call this after every step.
     pub fn check_integrity(&self) {
         let running: u64 = self.running.values().map(|running| running.prompt_tokens).sum();
-        let waiting: u64 = self.waiting.iter().map(|waiting| waiting.prompt_tokens).sum();
         assert_eq!(running, self.running_prompt_tokens);
-        assert_eq!(waiting, self.waiting_prompt_tokens);
         assert!(self.running.len() <= self.limits.running_max);
-        assert!(self.waiting.len() <= self.limits.waiting_max);
-        assert!(waiting <= self.limits.waiting_prompt_tokens_max);
         assert!(running <= self.limits.running_prompt_tokens_max || self.running.len() == 1);
-        assert!(
-            self.waiting
-                .iter()
-                .all(|waiting| !self.running.contains_key(&waiting.ticket))
-        );
-        if let Some(first) = self.waiting.front() {
-            assert!(
-                !self.fits(first.prompt_tokens),
-                "a place is free and the first one waits"
-            );
+        assert!(!self.running.keys().any(|ticket| self.waiting.contains(*ticket)));
+        self.waiting.check_integrity(self.bounds());
+    }
+
+    fn bounds(&self) -> Bounds {
+        Bounds {
+            requests: self.limits.waiting_max,
+            prompt_tokens: self.limits.waiting_prompt_tokens_max,
         }
+    }
+
+    fn runs_at_once(&self, arrival: &Arrival<'_>) -> bool {
+        self.waiting.is_empty() && self.room.is_left() && self.fits(arrival.prompt_tokens)
+    }
+
+    /// When the turn comes of a request that so many are ahead of. Whatever it is that those who run are bounded by: as many as
+    /// run leave in the time that one of them takes (Little's law).
+    fn turn(&self, ahead: usize) -> Millis {
+        Millis((ahead + 1) as f64 * self.service_ms / self.running.len().max(1) as f64)
     }
 
     fn fits(&self, prompt_tokens: u64) -> bool {
@@ -235,7 +262,21 @@ impl Admission {
                 || self.running_prompt_tokens + prompt_tokens <= self.limits.running_prompt_tokens_max)
     }
 
+    fn promote(&mut self, now: Instant) -> Vec<Ticket> {
+        let mut promoted = Vec::new();
+        while self.room.is_left()
+            && let Some(first) = self.waiting.first()
+            && self.fits(first.prompt_tokens)
+            && let Some(first) = self.waiting.pop()
+        {
+            self.start(first.ticket, first.prompt_tokens, now);
+            promoted.push(first.ticket);
+        }
+        promoted
+    }
+
     fn start(&mut self, ticket: Ticket, prompt_tokens: u64, now: Instant) {
+        self.room.take(prompt_tokens);
         self.running_prompt_tokens += prompt_tokens;
         self.running.insert(
             ticket,
@@ -245,24 +286,6 @@ impl Admission {
             },
         );
     }
-
-    fn promote(&mut self, now: Instant) -> Vec<Ticket> {
-        let mut promoted = Vec::new();
-        while let Some(first) = self.waiting.front()
-            && self.fits(first.prompt_tokens)
-        {
-            let (ticket, prompt_tokens) = (first.ticket, first.prompt_tokens);
-            self.waiting.pop_front();
-            self.waiting_prompt_tokens -= prompt_tokens;
-            self.start(ticket, prompt_tokens, now);
-            promoted.push(ticket);
-        }
-        promoted
-    }
-}
-
-fn retry_after(ms: f64) -> u64 {
-    ms.clamp(*RETRY_AFTER_MS.start(), *RETRY_AFTER_MS.end()).ceil() as u64
 }
 
 #[cfg(test)]

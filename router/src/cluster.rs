@@ -10,15 +10,18 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kv_store::follower::Applied;
 use types::{BlockHash, Epoch, KvSpace, LoadReport, NodeId, NodeRecord, Role, Slo};
 
+use crate::admission::Room;
 use crate::cost::{CostModel, Placed, PlacementId, Priors};
 use crate::index::PrefixIndex;
+use crate::lengths::Lengths;
 use crate::placement::{self, Explanation, KvShape, NoPlacement, NodeView, Problem, Settings};
 use crate::policy::Policy;
+use crate::residents::{Answer, Outlook, Residents};
 
 /// The members, and everything that placement goes by.
 #[derive(Debug)]
@@ -28,6 +31,8 @@ pub struct Cluster {
     members: BTreeMap<NodeId, Member>,
     index: PrefixIndex,
     costs: CostModel,
+    residents: Residents,
+    lengths: Lengths,
     policy: Box<dyn Policy>,
     settings: Settings,
 }
@@ -62,6 +67,8 @@ pub struct Query<'a> {
     pub failed: &'a BTreeMap<NodeId, Epoch>,
     /// What is left of the request's limits.
     pub slo: Slo,
+    /// What its answer may become.
+    pub answer: &'a Answer,
     /// A random number.
     pub draw: u64,
 }
@@ -110,6 +117,8 @@ impl Cluster {
             members: BTreeMap::new(),
             index: PrefixIndex::new(index_entries_max),
             costs: CostModel::new(priors),
+            residents: Residents::default(),
+            lengths: Lengths::default(),
             policy,
             settings,
         }
@@ -253,11 +262,16 @@ impl Cluster {
             },
             slo: query.slo,
             draw: query.draw,
+            outlook: Outlook {
+                residents: &self.residents,
+                lengths: &self.lengths,
+                now,
+            },
             priors: self.costs.priors(),
             settings: &self.settings,
         };
         let explanation = placement::place(&problem, self.policy.as_mut())?;
-        Ok(self.assign(explanation, now))
+        Ok(self.assign(explanation, query.answer, now))
     }
 
     /// The node that holds most of a prompt, if it has a part of that on disk only, and how many blocks it holds.
@@ -271,14 +285,48 @@ impl Cluster {
         (found.in_memory < found.blocks).then(|| (member.record.clone(), found.blocks))
     }
 
-    /// The prompt of a placement is computed.
-    pub fn prefilled(&mut self, id: PlacementId) {
-        self.costs.prefilled(id);
+    /// What the model's nodes can take without a prompt's having to wait there for longer than it may.
+    pub fn room(&self) -> Room {
+        let takes = |member: &&Member| {
+            let report = self.costs.last_report(&member.record.id);
+            member.reporting && !report.is_some_and(|report| report.draining)
+        };
+        let of_role = |role: Role| {
+            self.serving()
+                .filter(takes)
+                .filter(move |m| m.record.role == role)
+        };
+        let apart = of_role(Role::Prefill).next().is_some();
+        let engines = of_role(if apart { Role::Prefill } else { Role::Decode });
+        let (pressures, factor) = (self.costs.pressures(), self.costs.context_factor());
+        let left = engines.map(|member| {
+            let id = &member.record.id;
+            let queued = pressures
+                .get(id)
+                .map_or(0, |pressure| pressure.queued_prefill_tokens);
+            let ms_per_token = self.costs.rates(id).prefill_ms_per_token * factor;
+            let tokens_max = (self.settings.node_queue_max.0 / ms_per_token) as u64;
+            tokens_max.saturating_sub(queued)
+        });
+        // Who has no node to go to learns that by being placed.
+        let sum = |sum: u64, left: u64| sum.saturating_add(left);
+        let prompt_tokens = left.reduce(sum).unwrap_or(Room::UNBOUNDED.prompt_tokens);
+        Room { prompt_tokens }
     }
 
-    /// A placement ended, in whichever way.
-    pub fn ended(&mut self, id: PlacementId) {
+    /// The prompt of a placement is computed.
+    pub fn prefilled(&mut self, id: PlacementId, now: Instant) {
+        self.costs.prefilled(id);
+        self.residents.landed(id, now);
+    }
+
+    /// A placement ended, in whichever way; with so many tokens if its answer is complete.
+    pub fn ended(&mut self, id: PlacementId, tokens: Option<u64>) {
         self.costs.ended(id);
+        let answer = self.residents.ended(id);
+        if let (Some(answer), Some(tokens)) = (answer, tokens) {
+            self.lengths.learn(&answer.tenant, tokens);
+        }
     }
 
     /// Every member, for status reports.
@@ -322,7 +370,7 @@ impl Cluster {
         }
     }
 
-    fn assign(&mut self, explanation: Explanation, now: Instant) -> Assignment {
+    fn assign(&mut self, explanation: Explanation, answer: &Answer, now: Instant) -> Assignment {
         let choice = explanation.choice();
         if let Some(prefill) = &choice.prefill {
             self.costs
@@ -345,8 +393,11 @@ impl Cluster {
             decode: choice.decode.clone(),
             decode_blocks: choice.decode_blocks,
         };
+        let id = self.costs.place(placed, now);
+        let lands = now + Duration::from_secs_f64(choice.prediction.total.0.max(0.0) / 1e3);
+        self.residents.place(id, &choice.decode, answer.clone(), lands);
         Assignment {
-            id: self.costs.place(placed, now),
+            id,
             explanation,
             decode,
             prefill,

@@ -1,14 +1,17 @@
 //! Everything an operator can set on a router, with its default and the reason for it.
 
+use std::collections::BTreeMap;
+
 use node::config::{ByteSize, Duration};
 use serde::{Deserialize, Serialize};
-use types::Millis;
+use types::{Millis, Priority, Slo};
 
 use crate::admission::Limits;
 use crate::cost::Priors;
 use crate::index::ENTRIES_MAX_DEFAULT;
-use crate::placement::Settings;
+use crate::placement::{DecodeLoad, Settings};
 use crate::policy::PolicyName;
+use crate::tenants::{self, TENANTS_MAX, TenantSettings, Terms};
 
 /// Configuration of a router.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -22,6 +25,15 @@ pub struct Config {
     pub interference_weight: f64,
     /// Milliseconds of time to first token that one millisecond of gap between tokens is worth.
     pub decode_gap_weight: f64,
+    /// By which batch of a decode node the gaps of a request are judged.
+    pub decode_load: DecodeLoad,
+    /// How long a prompt may have to wait at a node. What would wait longer waits at the router, where more important requests
+    /// overtake and nodes are chosen later.
+    pub node_queue_max: Duration,
+    /// Time to first token of requests that name none, and whose tenants name none; 0 is none.
+    pub ttft_slo: Duration,
+    /// Time between tokens, likewise.
+    pub tbt_slo: Duration,
     /// Requests on nodes at a time.
     pub running_requests_max: usize,
     /// Prompt tokens of those.
@@ -48,6 +60,8 @@ pub struct Config {
     pub index_entries_max: usize,
     /// Longest body of an HTTP request.
     pub body_bytes_max: ByteSize,
+    /// What single tenants may ask, by name.
+    pub tenants: BTreeMap<String, TenantSettings>,
 }
 
 impl Default for Config {
@@ -58,6 +72,11 @@ impl Default for Config {
             local_prefill_tokens_max: settings.local_prefill_tokens_max,
             interference_weight: settings.interference_weight,
             decode_gap_weight: settings.decode_gap_weight,
+            decode_load: settings.decode_load,
+            // Some prompts: a node that is out of work for as long as a report takes has lost a fortieth of this.
+            node_queue_max: Duration::from_secs(2),
+            ttft_slo: Duration::from_secs(0),
+            tbt_slo: Duration::from_secs(0),
             running_requests_max: limits.running_max,
             running_prompt_tokens_max: limits.running_prompt_tokens_max,
             waiting_requests_max: limits.waiting_max,
@@ -79,6 +98,7 @@ impl Default for Config {
             index_entries_max: ENTRIES_MAX_DEFAULT,
             // A context of a million tokens as text, or as a JSON list of ids.
             body_bytes_max: ByteSize::from_mib(16),
+            tenants: BTreeMap::new(),
         }
     }
 }
@@ -97,6 +117,9 @@ pub enum ConfigError {
         /// As configured.
         value: f64,
     },
+    /// More tenants than can have settings of their own.
+    #[error("tenants names {0}, but at most {TENANTS_MAX} can have settings of their own")]
+    Tenants(usize),
 }
 
 impl Config {
@@ -111,12 +134,16 @@ impl Config {
                 return Err(ConfigError::Weight { name, value });
             }
         }
+        if self.tenants.len() > TENANTS_MAX {
+            return Err(ConfigError::Tenants(self.tenants.len()));
+        }
         let bounds = [
             ("running_requests_max", self.running_requests_max as u64),
             ("running_prompt_tokens_max", self.running_prompt_tokens_max),
             ("arriving_requests_max", self.arriving_requests_max as u64),
             ("placements_max", u64::from(self.placements_max)),
             ("body_bytes_max", self.body_bytes_max.0),
+            ("node_queue_max", u64::from(!self.node_queue_max.0.is_zero())),
             ("request_deadline", u64::from(!self.request_deadline.0.is_zero())),
             (
                 "first_token_silence_max",
@@ -153,8 +180,19 @@ impl Config {
             local_prefill_tokens_max: self.local_prefill_tokens_max,
             interference_weight: self.interference_weight,
             decode_gap_weight: self.decode_gap_weight,
+            decode_load: self.decode_load,
+            node_queue_max: Millis(self.node_queue_max.get().as_secs_f64() * 1e3),
             tie: Millis(1.0),
         }
+    }
+
+    /// What holds for a request of `tenant`.
+    pub fn terms(&self, tenant: &str, priority: Priority, asked: Slo) -> Terms {
+        let of_all = Slo {
+            ttft: tenants::limit(self.ttft_slo),
+            tbt: tenants::limit(self.tbt_slo),
+        };
+        tenants::terms(&self.tenants, of_all, tenant, priority, asked)
     }
 
     /// What is assumed of nodes that have not measured themselves.

@@ -9,12 +9,17 @@
 //! router placed there is added to what the node said, so that a burst does not pile onto the one node that looked idle;
 //! the next report takes it over, so the sum is never staler than one report interval.
 //!
-//! Pure: callers pass `now`. Elsewhere: the choice (`placement.rs`), the reports (`members.rs`).
+//! Pure: callers pass `now`. Elsewhere: decode steps (`cost/steps.rs`), the choice (`placement.rs`), the reports (`members.rs`).
+
+mod steps;
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use types::{LoadReport, Millis, NodeId};
+
+pub use steps::StepTime;
+use steps::Steps;
 
 /// A placement reaches its node, and the node's next report, only after the way there. What was placed this shortly before a
 /// report arrived is not in it yet.
@@ -23,10 +28,6 @@ const REPORT_LAG: Duration = Duration::from_millis(25);
 /// Most placements that are remembered; beyond it new ones are not counted until reports or ends clear old ones. Far above
 /// what admission lets run.
 const LEDGER_ENTRIES_MAX: usize = 4_096;
-
-/// The batch at which half of a decode step is the fixed cost of streaming the weights. A step of batch `b` is modelled as
-/// proportional to this plus `b`.
-const HALF_FIXED_BATCH: f64 = 8.0;
 
 /// What is kept, of the sums behind [`CostModel::context_factor`], when a prompt is added: some hundred prompts count.
 const CONTEXT_KEPT: f64 = 0.99;
@@ -38,7 +39,7 @@ pub struct Priors {
     pub prefill_ms_per_token: f64,
     /// Milliseconds per prompt token and thousand tokens of context.
     pub prefill_ms_per_token_kilocontext: f64,
-    /// Milliseconds per decode step.
+    /// Milliseconds per decode step of one sequence.
     pub decode_step_ms: f64,
     /// Bytes per millisecond between nodes. 1 GB/s: plain TCP on one machine or a 10 Gbit/s link.
     pub transfer_bytes_per_ms: f64,
@@ -71,8 +72,8 @@ pub struct Rates {
     pub prefill_ms_per_token: f64,
     /// `b` of [`Rates::compute`]; may be 0.
     pub prefill_ms_per_token_kilocontext: f64,
-    /// Milliseconds per decode step.
-    pub decode_step_ms: f64,
+    /// A decode step.
+    pub step: StepTime,
     /// Bytes per millisecond between nodes.
     pub transfer_bytes_per_ms: f64,
     /// Bytes per millisecond from the node's disk.
@@ -96,13 +97,6 @@ impl Rates {
     /// Milliseconds to read `bytes` from the node's disk.
     pub fn promote(&self, bytes: u64) -> Millis {
         Millis(bytes as f64 / self.disk_bytes_per_ms)
-    }
-
-    /// Milliseconds of a decode step once the batch has grown from `batch`, at which the rate was measured, by `added`.
-    pub fn step(&self, batch: u64, added: u64) -> Millis {
-        let batch = batch as f64;
-        let growth = (HALF_FIXED_BATCH + batch + added as f64) / (HALF_FIXED_BATCH + batch);
-        Millis(self.decode_step_ms * growth)
     }
 }
 
@@ -182,6 +176,7 @@ pub struct CostModel {
     priors: Priors,
     /// In order, so that sums over them are the same in every router.
     reports: BTreeMap<NodeId, LoadReport>,
+    steps: BTreeMap<NodeId, Steps>,
     ledger: HashMap<PlacementId, LedgerEntry>,
     next_placement: u64,
     /// Milliseconds that recent prompts were predicted to compute, and what they would without context.
@@ -194,6 +189,7 @@ impl CostModel {
         Self {
             priors,
             reports: BTreeMap::new(),
+            steps: BTreeMap::new(),
             ledger: HashMap::new(),
             next_placement: 0,
             computed_ms: (0.0, 0.0),
@@ -225,6 +221,11 @@ impl CostModel {
 
     /// Takes in a node's report, which from now on speaks for what was placed there before.
     pub fn report(&mut self, node: &NodeId, report: LoadReport, now: Instant) {
+        // Without sequences, what is reported is of a batch that is gone.
+        if report.running_sequences > 0 && is_rate(report.decode_step_ms) {
+            let steps = self.steps.entry(node.clone()).or_default();
+            steps.observe(report.running_sequences, report.decode_step_ms);
+        }
         self.reports.insert(node.clone(), report);
         for entry in self.ledger.values_mut() {
             if entry.at + REPORT_LAG <= now {
@@ -238,6 +239,7 @@ impl CostModel {
     /// Forgets a node that left or started anew.
     pub fn forget(&mut self, node: &NodeId) {
         self.reports.remove(node);
+        self.steps.remove(node);
         for entry in self.ledger.values_mut() {
             entry.prefill_known |= entry.placed.prefill == *node;
             entry.decode_known |= entry.placed.decode == *node;
@@ -325,13 +327,21 @@ impl CostModel {
                 |report| report.prefill_ms_per_token_kilocontext,
                 priors.prefill_ms_per_token_kilocontext,
             ),
-            decode_step_ms: rate(|report| report.decode_step_ms, priors.decode_step_ms),
+            step: self.step(node),
             transfer_bytes_per_ms: rate(
                 |report| report.transfer_bytes_per_ms,
                 priors.transfer_bytes_per_ms,
             ),
             disk_bytes_per_ms: rate(|report| report.disk_bytes_per_ms, priors.disk_bytes_per_ms),
         }
+    }
+
+    /// What the node's own reports say of its steps, or those of its peers, or what is assumed.
+    fn step(&self, node: &NodeId) -> StepTime {
+        let own = self.steps.get(node).and_then(Steps::fit);
+        let of_all = || self.steps.values().copied().reduce(Steps::and)?.fit();
+        own.or_else(of_all)
+            .unwrap_or_else(|| StepTime::assumed(self.priors.decode_step_ms))
     }
 
     fn mean_rate(&self, of: fn(&LoadReport) -> f64) -> Option<f64> {

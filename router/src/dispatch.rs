@@ -21,11 +21,11 @@ use proto::v1;
 use tokio::sync::Semaphore;
 use types::{Error, ErrorCode, Millis, RequestId};
 
-use crate::admission::Rejection;
+use crate::admission::{Admission, Forecast, Rejection};
 use crate::config::Config;
 use crate::entropy::Entropy;
 use crate::error::RequestError;
-use crate::gate::{Gate, Refused};
+use crate::gate::{Asks, Gate, Refused};
 use crate::members::SharedCluster;
 use crate::metrics::Metrics;
 use crate::model::Model;
@@ -120,6 +120,12 @@ impl Dispatcher {
         self.shared.gate.counts()
     }
 
+    /// Looks at how much room nodes have, and lets those run who have waited for it. To be called as often as nodes report.
+    pub fn make_room(&self) {
+        let room = self.shared.cluster.lock().room();
+        self.shared.gate.make_room(room);
+    }
+
     /// A fresh id for a request that brings none.
     pub fn request_id(&self) -> RequestId {
         self.shared.entropy.request_id()
@@ -142,6 +148,9 @@ impl Dispatcher {
         metrics.requests_now(self.shared.gate.counts());
         if let Err(error) = &began {
             metrics.request_ended(Some(error.code()));
+            if let RequestError::Rejected(rejection) = error {
+                metrics.rejected(rejection.overload().constraint);
+            }
             let after = received.elapsed();
             tracing::debug!(request_id = %id, code = %error.code(), %error, ?after, "request not begun");
         }
@@ -157,12 +166,24 @@ impl Dispatcher {
         let prepared = self.prepare(request).await?;
         let deadline = prepared.received + prepared.time_limit;
         let gate = &self.shared.gate;
-        let wait = gate.wait_ms();
-        gate.judge(wait, prepared.received.elapsed(), prepared.slo.ttft)?;
+        let asks = Asks {
+            tenant: &prepared.tenant,
+            terms: prepared.terms,
+            prompt_tokens: prepared.prompt.len() as u64,
+        };
+        if gate.lacks_room() {
+            self.make_room();
+        }
+        let wait = gate.wait(&asks);
+        let forecast = Forecast {
+            ttft: wait,
+            tbt: None,
+        };
+        Admission::judge(forecast, prepared.received.elapsed(), prepared.terms.slo)?;
         if wait > Millis(0.0) {
             hint::hint(&self.shared, &prepared);
         }
-        let permit = gate.enter(prepared.prompt.len() as u64, deadline).await;
+        let permit = gate.enter(&asks, deadline).await;
         let permit = permit.map_err(|refused| match refused {
             Refused::Rejected(rejection) => RequestError::Rejected(rejection),
             Refused::Deadline => RequestError::Deadline {
@@ -176,17 +197,21 @@ impl Dispatcher {
 
     async fn prepare(&self, request: Request) -> Result<Prepared, RequestError> {
         let _arriving = self.shared.arriving.try_acquire().map_err(|_| {
-            RequestError::Rejected(Rejection::QueueFull {
-                waiting: self.shared.config.arriving_requests_max,
-                retry_after_ms: 1_000,
+            RequestError::Rejected(Rejection::Arriving {
+                arriving: self.shared.config.arriving_requests_max,
             })
         })?;
         let shared = Arc::clone(&self.shared);
         let context_tokens_max = shared.cluster.lock().context_tokens_max();
         let long = text_bytes(&request.input) > INLINE_TEXT_BYTES_MAX;
         let prepare = move || {
-            let limit = shared.config.request_deadline.into();
-            request::prepare(request, &shared.model, context_tokens_max, limit, unix_s())
+            request::prepare(
+                request,
+                &shared.model,
+                &shared.config,
+                context_tokens_max,
+                unix_s(),
+            )
         };
         if !long {
             return prepare();

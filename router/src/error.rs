@@ -1,6 +1,6 @@
 //! How a request can fail at the front door.
 
-use types::{Error, ErrorCode};
+use types::{Error, ErrorCode, Overload};
 
 use crate::admission::Rejection;
 use crate::placement::NoPlacement;
@@ -71,6 +71,7 @@ impl RequestError {
             message: self.to_string(),
             param: self.param().map(str::to_owned),
             retry_after_ms: self.retry_after_ms(),
+            overload: self.overload(),
         }
     }
 
@@ -81,6 +82,19 @@ impl RequestError {
             Self::UnknownModel { .. } => Some("model"),
             Self::ContextLength { param, .. } => Some(param),
             Self::Rejected(_) | Self::NoPlacement(_) | Self::Deadline { .. } => None,
+        }
+    }
+
+    fn overload(&self) -> Option<Overload> {
+        match self {
+            Self::Rejected(rejection) => Some(rejection.overload()),
+            Self::Node(error) => error.overload,
+            Self::Parameter(_)
+            | Self::UnknownModel { .. }
+            | Self::ContextLength { .. }
+            | Self::NoPlacement(_)
+            | Self::Deadline { .. }
+            | Self::Internal(_) => None,
         }
     }
 

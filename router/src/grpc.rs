@@ -147,6 +147,7 @@ fn read(
         ttft_slo_ms,
         tbt_slo_ms,
         tenant,
+        priority,
     } = wire;
     let id = match request_id.as_str() {
         "" => dispatcher.request_id(),
@@ -182,6 +183,7 @@ fn read(
             tbt: limit(tbt_slo_ms),
         },
         tenant,
+        priority: convert::priority(&priority)?,
         received,
         time_limit,
     })

@@ -5,7 +5,8 @@
 //!
 //! Where things are, the pure modules first:
 //! - [`index`]: which node holds which block; [`cost`]: what a placement takes, in milliseconds;
-//! - [`placement`] and [`policy`]: where a request goes; [`admission`]: whether it may;
+//! - [`residents`] and [`lengths`]: how busy decode nodes will be;
+//! - [`placement`] and [`policy`]: where a request goes; [`admission`] and [`tenants`]: whether it may;
 //! - [`cluster`]: all of that together, fed by events;
 //! - [`request`] and [`model`]: from what a client says to tokens;
 //! - [`members`]: the streams from the nodes; [`gate`]: waiting for a place; [`dispatch`]: a request's life;
@@ -23,6 +24,7 @@ pub mod error;
 pub mod gate;
 mod grpc;
 pub mod index;
+pub mod lengths;
 pub mod members;
 pub mod metrics;
 pub mod model;
@@ -30,6 +32,8 @@ mod openai;
 pub mod placement;
 pub mod policy;
 pub mod request;
+pub mod residents;
+pub mod tenants;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,6 +41,7 @@ use std::time::Duration;
 use node::registry::Registry;
 use node::serve::{self, ServeError, Server};
 use node::{Channels, Listeners, Readiness};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
@@ -162,10 +167,11 @@ impl Service {
             drained.cancel();
             result
         };
-        let (result, (), ()) = tokio::join!(
+        let (result, (), (), ()) = tokio::join!(
             serving,
             members.run(drained.clone()),
             observe(&dispatcher, &metrics, &readiness, &drained),
+            make_room(&dispatcher, &drained),
         );
         Ok(result?)
     }
@@ -186,6 +192,15 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
     tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}
+
+/// Lets requests run as nodes' reports say that there is room.
+async fn make_room(dispatcher: &Dispatcher, until: &CancellationToken) {
+    let mut tick = tokio::time::interval(members::REPORT_INTERVAL);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while until.run_until_cancelled(tick.tick()).await.is_some() {
+        dispatcher.make_room();
+    }
 }
 
 /// Tells readiness and gauges what the cluster is like.

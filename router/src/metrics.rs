@@ -8,7 +8,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use types::{ErrorCode, Millis};
+use types::{Constraint, ErrorCode, Millis};
 
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -17,10 +17,18 @@ struct Outcome {
     code: &'static str,
 }
 
+/// What there was too little of for a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Bound {
+    /// `ttft`, `tbt` or `queue`.
+    constraint: &'static str,
+}
+
 /// The metrics of a router. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     requests: Family<Outcome, Counter>,
+    rejections: Family<Bound, Counter>,
     ttft: Histogram,
     inter_token: Histogram,
     prediction_error: Histogram,
@@ -53,6 +61,11 @@ impl Metrics {
                 "Requests that ended, by code",
                 Family::default(),
             ),
+            rejections: metrics.register(
+                &name("rejections"),
+                "Requests that were turned away, by what there was too little of",
+                Family::default(),
+            ),
             ttft: histogram(
                 "time_to_first_token_seconds",
                 "Arrival to first token",
@@ -76,7 +89,7 @@ impl Metrics {
             index_blocks: gauge("index_blocks", "Pairs of node and block in the prefix index"),
             index_refused: metrics.register(
                 &name("index_refused_blocks"),
-                "Blocks that the prefix index had no room for",
+                "Blocks that the prefix index had no room for, or whose parent it did not know their node to hold",
                 Gauge::default(),
             ),
             decode_nodes: gauge("decode_nodes", "Decode nodes that take requests"),
@@ -86,6 +99,11 @@ impl Metrics {
     pub(crate) fn request_ended(&self, code: Option<ErrorCode>) {
         let code = code.map_or("ok", ErrorCode::as_str);
         self.requests.get_or_create(&Outcome { code }).inc();
+    }
+
+    pub(crate) fn rejected(&self, constraint: Constraint) {
+        let constraint = constraint.as_str();
+        self.rejections.get_or_create(&Bound { constraint }).inc();
     }
 
     pub(crate) fn request_cancelled(&self) {

@@ -25,6 +25,7 @@ use types::{BlockHash, Millis, NodeId, Role, Slo};
 use crate::cost::{Prediction, Pressure, Priors, Rates};
 use crate::index::Match;
 use crate::policy::Policy;
+use crate::residents::Outlook;
 use weigh::{Prefilling, Weighing};
 
 /// Peers named as sources of one prefix: the best one, and some to fall back on.
@@ -43,6 +44,10 @@ pub struct Settings {
     /// Milliseconds of time to first token that one millisecond of gap between this request's tokens is worth. Small: it
     /// spreads decodes over equal nodes without outweighing a cached prefix.
     pub decode_gap_weight: f64,
+    /// By which batch of a decode node gaps are predicted.
+    pub decode_load: DecodeLoad,
+    /// How long a prompt may have to wait at a node.
+    pub node_queue_max: Millis,
     /// Scores closer than this are equal, since predictions are not that good; a hash of the prefix decides between them.
     pub tie: Millis,
 }
@@ -53,9 +58,24 @@ impl Default for Settings {
             local_prefill_tokens_max: 256,
             interference_weight: 0.5,
             decode_gap_weight: 4.0,
+            decode_load: DecodeLoad::default(),
+            node_queue_max: Millis(2_000.0),
             tie: Millis(1.0),
         }
     }
+}
+
+/// By which batch of a decode node the gaps of a request are predicted, and whether a request is turned away for them.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DecodeLoad {
+    /// The batch that it has now, and nobody is turned away for it.
+    Unjudged,
+    /// The batch that it has now.
+    Reported,
+    /// The batch that it is expected to have when the prompt is computed.
+    #[default]
+    Predicted,
 }
 
 /// A node as placement sees it.
@@ -111,6 +131,8 @@ pub struct Problem<'a> {
     pub slo: Slo,
     /// A random number, for policies that want one.
     pub draw: u64,
+    /// What is known of the answers that nodes give and will give.
+    pub outlook: Outlook<'a>,
     /// What no report says.
     pub priors: &'a Priors,
     /// What the operator set.
@@ -231,10 +253,18 @@ pub fn place(problem: &Problem<'_>, policy: &mut dyn Policy) -> Result<Explanati
         .into_iter()
         .map(|node| weighing.prefilling(node))
         .collect();
+    // Whatever prefills it apart, the request decodes then at the earliest.
+    let apart = prefills
+        .iter()
+        .map(Prefilling::ends)
+        .min_by(|a, b| a.0.total_cmp(&b.0));
     let mut candidates = Vec::with_capacity((prefills.len() + 1) * decodes.len());
     for node in decodes {
-        let decode = weighing.decoding(node);
-        candidates.push(weighing.local(&weighing.prefilling(node), &decode, prefills.is_empty()));
+        let engine = weighing.prefilling(node);
+        let decode = weighing.decoding(node, engine.ends());
+        candidates.push(weighing.local(&engine, &decode, prefills.is_empty()));
+        let Some(ahead) = apart else { continue };
+        let decode = weighing.decoding(node, ahead);
         candidates.extend(prefills.iter().map(|engine| weighing.remote(engine, &decode)));
     }
     match policy.choose(problem, &candidates) {

@@ -5,10 +5,12 @@
 
 use std::time::{Duration, Instant};
 
-use types::{BlockHash, Error, KvSpace, RequestId, SamplingParams, Slo, Token};
+use types::{BlockHash, Error, KvSpace, Priority, RequestId, SamplingParams, Slo, Token};
 
+use crate::config::Config;
 use crate::error::RequestError;
 use crate::model::Model;
+use crate::tenants::Terms;
 
 /// Longest tenant name: it is hashed for every request.
 pub const TENANT_BYTES_MAX: usize = 256;
@@ -53,6 +55,8 @@ pub struct Request {
     pub slo: Slo,
     /// Whose cache it uses; empty is the common one.
     pub tenant: String,
+    /// How much it matters, as the client says.
+    pub priority: Priority,
     /// When it arrived.
     pub received: Instant,
     /// The client's own time limit, if it is shorter than the router's.
@@ -79,10 +83,10 @@ pub struct Prepared {
     pub prompt: Vec<Token>,
     /// How tokens are drawn, with everything decided: another node continues with the same.
     pub sampling: SamplingParams,
-    /// What the client asks of latency.
-    pub slo: Slo,
     /// Whose cache it uses.
     pub tenant: String,
+    /// What holds for it.
+    pub terms: Terms,
     /// When it arrived.
     pub received: Instant,
     /// Time that it has in all.
@@ -93,8 +97,8 @@ pub struct Prepared {
 pub fn prepare(
     request: Request,
     model: &Model,
+    config: &Config,
     context_tokens_max: Option<u64>,
-    time_limit_max: Duration,
     now_unix_s: u64,
 ) -> Result<Prepared, RequestError> {
     let Request {
@@ -105,6 +109,7 @@ pub fn prepare(
         max_tokens,
         slo,
         tenant,
+        priority,
         received,
         time_limit,
     } = request;
@@ -127,6 +132,7 @@ pub fn prepare(
             context_tokens_max: context,
         });
     }
+    let time_limit_max = config.request_deadline.get();
     let left = u32::try_from(context - prompt_tokens).unwrap_or(u32::MAX);
     sampling.max_tokens = max_tokens_of(max_tokens, left).map_err(RequestError::Parameter)?;
     sampling
@@ -136,7 +142,7 @@ pub fn prepare(
         id,
         prompt,
         sampling,
-        slo,
+        terms: config.terms(&tenant, priority, slo),
         tenant,
         received,
         time_limit: time_limit.map_or(time_limit_max, |limit| limit.min(time_limit_max)),

@@ -17,7 +17,7 @@ use kv_store::follower::Follower;
 use kv_store::log::Batch;
 use prost::Message;
 use proto::{convert, v1};
-use router::admission::Admission;
+use router::admission::{Admission, Room};
 use router::cluster::{Assignment, Cluster, Query};
 use router::cost::PlacementId;
 use router::members::SharedCluster;
@@ -106,12 +106,16 @@ impl Front for Live {
         self.cluster.lock().place(&space, &query, now)
     }
 
-    fn prefilled(&mut self, id: PlacementId) {
-        self.cluster.lock().prefilled(id);
+    fn prefilled(&mut self, id: PlacementId, now: Instant) {
+        self.cluster.lock().prefilled(id, now);
     }
 
-    fn ended(&mut self, id: PlacementId) {
-        self.cluster.lock().ended(id);
+    fn ended(&mut self, id: PlacementId, tokens: Option<u64>) {
+        self.cluster.lock().ended(id, tokens);
+    }
+
+    fn room(&self) -> Room {
+        self.cluster.lock().room()
     }
 
     fn admission(&mut self) -> &mut Admission {
@@ -156,12 +160,16 @@ impl Front for Noting {
         Ok(placed)
     }
 
-    fn prefilled(&mut self, id: PlacementId) {
-        self.inner.prefilled(id);
+    fn prefilled(&mut self, id: PlacementId, now: Instant) {
+        self.inner.prefilled(id, now);
     }
 
-    fn ended(&mut self, id: PlacementId) {
-        self.inner.ended(id);
+    fn ended(&mut self, id: PlacementId, tokens: Option<u64>) {
+        self.inner.ended(id, tokens);
+    }
+
+    fn room(&self) -> Room {
+        self.inner.room()
     }
 
     fn admission(&mut self) -> &mut Admission {

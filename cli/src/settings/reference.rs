@@ -196,6 +196,22 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
                 "decode_gap_weight",
                 "What one millisecond between tokens weighs, in milliseconds to the first token.",
             ),
+            (
+                "decode_load",
+                "By which batch of a decode node the gaps between a request's tokens are predicted: `predicted` (that at the time when \
+                 its prompt is computed), `reported` (that of now), or `unjudged` (that of now, and nobody is turned away for it).",
+            ),
+            (
+                "node_queue_max",
+                "How long a prompt may have to wait at a node. What would wait longer waits at the router, where more important \
+                 requests overtake it.",
+            ),
+            (
+                "ttft_slo",
+                "Time to first token of requests that name no limit, and whose tenants have none; 0 is none. What is predicted to \
+                 miss it is turned away.",
+            ),
+            ("tbt_slo", "Time between tokens, likewise."),
             ("running_requests_max", "Requests on nodes at a time."),
             ("running_prompt_tokens_max", "Prompt tokens of those."),
             (
@@ -227,6 +243,13 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
             ),
             ("index_entries_max", "(node, block) pairs in the prefix index."),
             ("body_bytes_max", "Longest body of an HTTP request."),
+            (
+                "tenants",
+                "A section for each tenant with terms of its own: `[router.tenants.NAME]` with `weight = 2`, its part of the places \
+                 while requests wait (1 for all others), `priority_max = \"normal\"` (`low`, `normal` or `high`, which all others \
+                 may ask for), `ttft_slo = \"2s\"` and `tbt_slo = \"50ms\"` (0 is the router's); `NAME` is `\"\"` for requests without \
+                 a tenant.",
+            ),
         ],
     ),
     (

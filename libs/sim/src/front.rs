@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use kv_store::follower::Follower;
 use kv_store::log::Batch;
-use router::admission::Admission;
+use router::admission::{Admission, Room};
 use router::cluster::{Assignment, Cluster, Query};
 use router::cost::PlacementId;
 use router::placement::NoPlacement;
@@ -29,11 +29,13 @@ pub trait Front {
     /// Places the request with this index among those of the workload.
     fn place(&mut self, request: usize, query: &Query<'_>, now: Instant) -> Result<Assignment, NoPlacement>;
     /// The first token of a placement came.
-    fn prefilled(&mut self, id: PlacementId);
-    /// A placement ended.
-    fn ended(&mut self, id: PlacementId);
+    fn prefilled(&mut self, id: PlacementId, now: Instant);
+    /// A placement ended, with so many tokens if its answer is complete.
+    fn ended(&mut self, id: PlacementId, tokens: Option<u64>);
     /// Who may run.
     fn admission(&mut self) -> &mut Admission;
+    /// What the nodes can take.
+    fn room(&self) -> Room;
 }
 
 /// The router's pure core, called directly.
@@ -93,12 +95,16 @@ impl Front for Direct {
         self.cluster.place(&space, query, now)
     }
 
-    fn prefilled(&mut self, id: PlacementId) {
-        self.cluster.prefilled(id);
+    fn prefilled(&mut self, id: PlacementId, now: Instant) {
+        self.cluster.prefilled(id, now);
     }
 
-    fn ended(&mut self, id: PlacementId) {
-        self.cluster.ended(id);
+    fn ended(&mut self, id: PlacementId, tokens: Option<u64>) {
+        self.cluster.ended(id, tokens);
+    }
+
+    fn room(&self) -> Room {
+        self.cluster.room()
     }
 
     fn admission(&mut self) -> &mut Admission {

@@ -19,10 +19,14 @@ const KV_MEMORY_SHARE: f64 = 0.9;
 const UNIT_TOKENS: f64 = 8192.0;
 
 /// The profiles that come with the simulator.
-const BUILT_IN: [(&str, &str); 2] = [
+const BUILT_IN: [(&str, &str); 3] = [
     (
         "llama-3-70b-8xa800",
         include_str!("../profiles/llama-3-70b-8xa800.toml"),
+    ),
+    (
+        "llama-3-70b-8xa800-slow-batches",
+        include_str!("../profiles/llama-3-70b-8xa800-slow-batches.toml"),
     ),
     (
         "llama-3-8b-1xa800",

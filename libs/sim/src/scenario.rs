@@ -81,6 +81,8 @@ pub struct Limits {
     pub tbt_ms: f64,
     /// Whether requests ask for it, so that routers may turn them away. If not, it is only counted how many met it.
     pub asked: bool,
+    /// Whether decode nodes turn away what would break the limit on gaps once it is prefilled: Mooncake's stage by stage.
+    pub at_decode: bool,
 }
 
 impl Default for Limits {
@@ -90,6 +92,7 @@ impl Default for Limits {
             ttft_ms: 30_000.0,
             tbt_ms: 200.0,
             asked: false,
+            at_decode: false,
         }
     }
 }

@@ -26,14 +26,17 @@ mod prefill;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
+use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
 use kv_store::replay::workloads::Random;
-use router::admission;
+use router::admission::{self, Admission, Forecast};
 use router::cluster::Query;
 use router::cost::PlacementId;
 use router::members::REPORT_INTERVAL;
-use types::{Epoch, KvSpace, Millis, NodeId, NodeRecord, Role, Slo};
+use router::placement::DecodeLoad;
+use router::residents::Answer;
+use types::{Epoch, KvSpace, Millis, NodeId, NodeRecord, Priority, Role, Slo};
 
 use crate::front::{Direct, Front, MODEL};
 use crate::pool::Pool;
@@ -51,6 +54,8 @@ const SAMPLE_INTERVAL_MS: f64 = 1_000.0;
 const RETRY_INTERVAL_MS: f64 = 100.0;
 /// How long after the last arrival a simulation ends at the latest. What has not ended then has failed.
 const DRAIN_MS_MAX: f64 = 24.0 * 3_600_000.0;
+/// Traces name no tenants.
+const TENANT: &str = "";
 /// Prompt tokens that a decode node computes in one step beside its sequences, as a real one does.
 const CHUNK_TOKENS: u64 = 256;
 
@@ -74,6 +79,7 @@ enum Kind {
     LogArrives(At),
     Fails(usize),
     Returns(usize),
+    MakesRoom,
     Samples,
 }
 
@@ -228,6 +234,7 @@ impl<'a> Simulation<'a> {
             self.plan(u64::try_from(at_ns).unwrap_or(u64::MAX), Kind::Arrives(request));
         }
         self.plan(ns(SAMPLE_INTERVAL_MS), Kind::Samples);
+        self.plan(interval, Kind::MakesRoom);
     }
 
     fn happen(&mut self, kind: Kind) {
@@ -278,6 +285,12 @@ impl<'a> Simulation<'a> {
             }
             Kind::Fails(failure) => self.fails(failure),
             Kind::Returns(failure) => self.returns(failure),
+            Kind::MakesRoom => {
+                for router in 0..self.routers.len() {
+                    self.make_room(router);
+                }
+                self.plan(self.now_ns + self.report_interval_ns(), kind);
+            }
             Kind::Samples => self.sample(),
         }
     }
@@ -315,18 +328,43 @@ impl<'a> Simulation<'a> {
         let router = self.random.below(routers) as usize;
         self.states[request].router = router;
         let now = self.instant();
-        let ticket = admission::Ticket(request as u64);
-        let asked = self.slo().ttft;
+        let arrival = admission::Arrival {
+            ticket: admission::Ticket(request as u64),
+            tenant: TENANT,
+            weight: NonZeroU32::MIN,
+            priority: Priority::Normal,
+            prompt_tokens: self.requests[request].prompt_tokens,
+        };
+        if self.routers[router].admission().lacks_room() {
+            self.make_room(router);
+        }
         let admission = self.routers[router].admission();
-        let wait = admission.wait_ms();
-        if admission.judge(wait, Duration::ZERO, asked).is_err() {
+        let forecast = Forecast {
+            ttft: admission.wait(&arrival),
+            tbt: None,
+        };
+        if Admission::judge(forecast, Duration::ZERO, self.slo()).is_err() {
             self.end(request, Outcome::Rejected);
             return;
         }
-        match admission.arrive(ticket, self.requests[request].prompt_tokens, now) {
+        match self.routers[router].admission().arrive(&arrival, now) {
             admission::Outcome::Run => self.place(request),
-            admission::Outcome::Wait => {}
+            admission::Outcome::Wait(displaced) => {
+                for (ticket, _) in displaced {
+                    self.end(ticket.0 as usize, Outcome::Rejected);
+                }
+            }
             admission::Outcome::Reject(_) => self.end(request, Outcome::Rejected),
+        }
+    }
+
+    /// As a router does whenever nodes may have reported.
+    fn make_room(&mut self, router: usize) {
+        let now = self.instant();
+        let room = self.routers[router].room();
+        for promoted in self.routers[router].admission().make_room(room, now) {
+            // A ticket is a request's index.
+            self.place(promoted.0 as usize);
         }
     }
 
@@ -339,6 +377,12 @@ impl<'a> Simulation<'a> {
         let asked = self.slo();
         let state = &mut self.states[request];
         let ttft = asked.ttft.filter(|_| state.generated == 0);
+        let answer = Answer {
+            tenant: TENANT.to_owned(),
+            tokens: state.generated,
+            // Traces do not say what requests would have allowed.
+            tokens_max: self.profile.model.context_tokens_max,
+        };
         let query = Query {
             hashes: &wanted.chain,
             key: wanted.key,
@@ -348,6 +392,7 @@ impl<'a> Simulation<'a> {
                 ttft: ttft.map(|limit| Millis((limit.0 - waited_ms).max(0.0))),
                 tbt: asked.tbt,
             },
+            answer: &answer,
             draw,
         };
         let router = &mut self.routers[state.router];
@@ -357,11 +402,13 @@ impl<'a> Simulation<'a> {
         let choice = assignment.explanation.choice().clone();
         if state.served.placements == 0 {
             let waited = Duration::from_nanos(ns(waited_ms));
-            let judged = router
-                .admission()
-                .judge(choice.prediction.total, waited, asked.ttft);
-            if judged.is_err() {
-                router.ended(assignment.id);
+            let judged = self.scenario.router.decode_load != DecodeLoad::Unjudged;
+            let forecast = Forecast {
+                ttft: choice.prediction.total,
+                tbt: judged.then_some(choice.tbt),
+            };
+            if Admission::judge(forecast, waited, asked).is_err() {
+                router.ended(assignment.id, None);
                 return self.end(request, Outcome::Rejected);
             }
             state.served.ttft_predicted_ms = waited_ms + choice.prediction.total.0;
@@ -417,7 +464,8 @@ impl<'a> Simulation<'a> {
         state.outcome = Some(outcome);
         self.open -= 1;
         if let Some(placement) = state.placement.take() {
-            self.routers[router].ended(placement.id);
+            let tokens = matches!(state.outcome, Some(Outcome::Served(_))).then_some(state.generated);
+            self.routers[router].ended(placement.id, tokens);
         }
         let ticket = admission::Ticket(request as u64);
         for promoted in self.routers[router].admission().end(ticket, now) {

@@ -7,6 +7,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::Overload;
+
 /// What a caller can do about a failure. Every error of every crate maps to one of these, and each maps
 /// to one gRPC status and one HTTP status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -173,6 +175,8 @@ pub struct Error {
     pub param: Option<String>,
     /// When a new try has a chance, in milliseconds, for [`ErrorCode::Overloaded`].
     pub retry_after_ms: Option<u64>,
+    /// What there was too little of, for an [`ErrorCode::Overloaded`] of a router.
+    pub overload: Option<Overload>,
 }
 
 impl Error {
@@ -183,6 +187,7 @@ impl Error {
             message: message.into(),
             param: None,
             retry_after_ms: None,
+            overload: None,
         }
     }
 

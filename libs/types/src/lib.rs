@@ -1,4 +1,4 @@
-//! The words that every part of Perigee shares: ids, block hashes, the KV layout, SLOs, sampling
+//! The words that every part of Perigee shares: ids, block hashes, the KV layout, SLOs, priorities, sampling
 //! parameters and error codes.
 //!
 //! Architecture invariant: this crate is pure. It has no async code, does no I/O, reads no clock and
@@ -14,6 +14,7 @@ pub mod latency;
 pub mod layout;
 pub mod member;
 pub mod memory;
+pub mod overload;
 pub mod sampling;
 
 pub use block::{BlockDescriptor, BlockEvent, Checksum, Generation, LogEntry, Tier};
@@ -25,6 +26,7 @@ pub use latency::{Millis, Slo};
 pub use layout::{KvDtype, KvLayout};
 pub use member::{LoadReport, NodeRecord, Role};
 pub use memory::{Memory, MemoryKind};
+pub use overload::{Constraint, Overload, Priority};
 pub use sampling::{FinishReason, SamplingParams, TokenLogprob};
 
 /// A token id of the model's vocabulary.

@@ -76,6 +76,11 @@ fn place(cluster: &mut Cluster, failed: &BTreeMap<NodeId, Epoch>) -> Result<Assi
         prompt_tokens: 5,
         failed,
         slo: Slo::default(),
+        answer: &Answer {
+            tenant: String::new(),
+            tokens: 0,
+            tokens_max: 100,
+        },
         draw: 0,
     };
     cluster.place(&space(), &query, Instant::now())
@@ -254,4 +259,30 @@ proptest! {
             cluster.check_integrity();
         }
     }
+}
+
+#[test]
+fn room_is_what_may_queue_at_the_nodes_that_prefill() {
+    let now = Instant::now();
+    let mut cluster = cluster();
+    // A node that cannot be reached takes nothing, but who has nowhere to go must learn that.
+    assert_eq!(cluster.room(), Room::UNBOUNDED);
+    let prefill = record("p", Role::Prefill, 1);
+    let decode = record("d", Role::Decode, 1);
+    cluster.registry(&members(&[prefill.clone(), decode.clone()]));
+    let report = |queued_prefill_tokens| LoadReport {
+        queued_prefill_tokens,
+        prefill_ms_per_token: 2.0,
+        ..LoadReport::default()
+    };
+    cluster.reported(&decode.id, decode.epoch, report(0), now);
+    assert_eq!(
+        cluster.room().prompt_tokens,
+        1_000,
+        "two seconds of the decode node"
+    );
+    cluster.reported(&prefill.id, prefill.epoch, report(400), now);
+    assert_eq!(cluster.room().prompt_tokens, 600);
+    cluster.reported(&prefill.id, prefill.epoch, report(4_000), now);
+    assert_eq!(cluster.room().prompt_tokens, 0);
 }

@@ -32,7 +32,7 @@ fn compute_grows_with_the_context_of_every_new_token() {
     let rates = Rates {
         prefill_ms_per_token: 2.0,
         prefill_ms_per_token_kilocontext: 4.0,
-        decode_step_ms: 1.0,
+        step: StepTime::assumed(1.0),
         transfer_bytes_per_ms: 1.0,
         disk_bytes_per_ms: 1.0,
     };
@@ -45,20 +45,20 @@ fn what_is_not_measured_is_borrowed_before_it_is_assumed() {
     let now = Instant::now();
     let mut costs = CostModel::new(Priors::default());
     assert_eq!(
-        costs.rates(&"a".into()).decode_step_ms,
-        Priors::default().decode_step_ms
+        costs.rates(&"a".into()).prefill_ms_per_token,
+        Priors::default().prefill_ms_per_token
     );
-    for (name, step) in [("b", 4.0), ("c", 8.0)] {
+    for (name, rate) in [("b", 4.0), ("c", 8.0)] {
         let report = LoadReport {
-            decode_step_ms: step,
+            prefill_ms_per_token: rate,
             ..report(0)
         };
         costs.report(&name.into(), report, now);
     }
-    assert_eq!(costs.rates(&"a".into()).decode_step_ms, 6.0);
-    assert_eq!(costs.rates(&"b".into()).decode_step_ms, 4.0);
+    assert_eq!(costs.rates(&"a".into()).prefill_ms_per_token, 6.0);
+    assert_eq!(costs.rates(&"b".into()).prefill_ms_per_token, 4.0);
     costs.forget(&"b".into());
-    assert_eq!(costs.rates(&"a".into()).decode_step_ms, 8.0);
+    assert_eq!(costs.rates(&"a".into()).prefill_ms_per_token, 8.0);
 }
 
 #[test]
@@ -160,5 +160,29 @@ proptest! {
         for node in 0..3 {
             prop_assert_eq!(pressure(&costs, name(node).as_str()).queued_prefill_tokens, 0);
         }
+    }
+}
+
+#[test]
+fn an_idle_nodes_step_is_that_of_an_empty_batch() {
+    let now = Instant::now();
+    let mut costs = CostModel::new(Priors::default());
+    let mut report = |node: &str, running_sequences, decode_step_ms| {
+        let report = LoadReport {
+            running_sequences,
+            decode_step_ms,
+            ..report(0)
+        };
+        costs.report(&node.into(), report, now);
+    };
+    // What it reports once it is idle is of the batch that it had.
+    for (running, step) in [(1, 30.0), (10, 57.0), (30, 117.0), (0, 117.0)] {
+        for _ in 0..50 {
+            report("a", running, step);
+        }
+    }
+    for node in ["a", "another one"] {
+        let step = costs.rates(&node.into()).step.of(1.0).0;
+        assert!((step - 30.0).abs() < 1.0, "{node}: {step}");
     }
 }

@@ -36,6 +36,8 @@ pub(super) struct Nodes {
 pub(super) struct Placed {
     pub(super) id: PlacementId,
     cluster: SharedCluster,
+    /// Tokens of the answer, once it is complete.
+    answered: Option<u64>,
 }
 
 /// How a placement failed.
@@ -94,17 +96,26 @@ impl Failure {
 
 impl Placed {
     pub(super) fn new(id: PlacementId, cluster: SharedCluster) -> Self {
-        Self { id, cluster }
+        let answered = None;
+        Self {
+            id,
+            cluster,
+            answered,
+        }
     }
 
-    pub(super) fn prefilled(&self) {
-        self.cluster.lock().prefilled(self.id);
+    pub(super) fn prefilled(&self, now: Instant) {
+        self.cluster.lock().prefilled(self.id, now);
+    }
+
+    pub(super) fn answered(&mut self, tokens: u64) {
+        self.answered = Some(tokens);
     }
 }
 
 impl Drop for Placed {
     fn drop(&mut self) {
-        self.cluster.lock().ended(self.id);
+        self.cluster.lock().ended(self.id, self.answered);
     }
 }
 

@@ -11,11 +11,13 @@ use types::{Epoch, Error, ErrorCode, KvSpace, Millis, NodeId, Slo, Token};
 use super::attempt::{Attempt, Failure, Nodes, Placed, decode_request};
 use super::latency::{Arrival, Latency, millis};
 use super::{Event, Shared};
+use crate::admission::{Admission, Forecast};
 use crate::cluster::{Assignment, Query};
 use crate::error::RequestError;
 use crate::gate::Permit;
-use crate::placement::NoPlacement;
+use crate::placement::{DecodeLoad, NoPlacement};
 use crate::request::{self, Prepared};
+use crate::residents::Answer;
 
 /// A request that a decode node has accepted. Ask it for events until it has none.
 #[derive(Debug)]
@@ -168,12 +170,18 @@ impl Running {
             .collect();
         // Hashed before the lock is taken: a long prompt takes a millisecond.
         let (hashes, key) = request::hashes(&space, &self.request.tenant, &sequence);
+        let answer = Answer {
+            tenant: self.request.tenant.clone(),
+            tokens: self.generated.len() as u64,
+            tokens_max: u64::from(self.request.sampling.max_tokens),
+        };
         let query = Query {
             key,
             hashes: &hashes,
             prompt_tokens: sequence.len() as u64,
             failed: &self.failed,
             slo: self.slo_left(),
+            answer: &answer,
             draw: self.shared.entropy.draw(),
         };
         let assignment = self.shared.cluster.lock().place(&space, &query, Instant::now())?;
@@ -195,7 +203,12 @@ impl Running {
         );
         if self.predicted.is_none() {
             let (waited, predicted) = (self.request.received.elapsed(), choice.prediction.total);
-            self.shared.gate.judge(predicted, waited, self.request.slo.ttft)?;
+            let judged = self.shared.config.decode_load != DecodeLoad::Unjudged;
+            let forecast = Forecast {
+                ttft: predicted,
+                tbt: judged.then_some(choice.tbt),
+            };
+            Admission::judge(forecast, waited, self.request.terms.slo)?;
             self.predicted = Some((predicted, Instant::now()));
         }
         Ok(())
@@ -227,11 +240,11 @@ impl Running {
         if let Some(attempt) = &mut self.attempt
             && !tokens.ids.is_empty()
         {
+            let now = Instant::now();
             if attempt.tokens == 0 {
-                attempt.placed.prefilled();
+                attempt.placed.prefilled(now);
             }
             attempt.tokens += tokens.ids.len() as u64;
-            let now = Instant::now();
             match self.latency.tokens(tokens.ids.len() as u64, now) {
                 Arrival::First(ttft) => {
                     self.shared.metrics.first_token(ttft);
@@ -258,6 +271,9 @@ impl Running {
             completion_tokens: self.generated.len() as u64,
             cached_tokens: 0,
         });
+        if let Some(attempt) = &mut self.attempt {
+            attempt.placed.answered(usage.completion_tokens);
+        }
         let predicted = self.predicted.map_or(0.0, |(predicted, at)| {
             // From arrival, as `ttft_ms` is.
             millis(self.request.received, at).0 + predicted.0
@@ -282,11 +298,11 @@ impl Running {
 
     /// What the request still asks of latency: its first token is due in less time than at first, or is out.
     fn slo_left(&self) -> Slo {
-        let ttft = self.request.slo.ttft.filter(|_| self.generated.is_empty());
+        let ttft = self.request.terms.slo.ttft.filter(|_| self.generated.is_empty());
         let passed = millis(self.request.received, Instant::now()).0;
         Slo {
             ttft: ttft.map(|limit| Millis((limit.0 - passed).max(0.0))),
-            tbt: self.request.slo.tbt,
+            tbt: self.request.terms.slo.tbt,
         }
     }
 

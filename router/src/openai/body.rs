@@ -6,7 +6,7 @@ use std::time::Instant;
 use axum::body::Body;
 use proto::v1;
 use serde_json::{Map, Value, json};
-use types::{Error, Millis, RequestId, SamplingParams, Slo, Token};
+use types::{Error, Millis, Priority, RequestId, SamplingParams, Slo, Token};
 
 use super::error::ApiError;
 use super::parameters::{Parameters, wrong};
@@ -65,6 +65,7 @@ pub(super) fn finish(
         ttft: p.take_f64("ttft_slo_ms")?.map(Millis),
         tbt: p.take_f64("tbt_slo_ms")?.map(Millis),
     };
+    let priority = priority(p)?;
     parameters.finish()?;
     let Context {
         id, received, tenant, ..
@@ -77,10 +78,28 @@ pub(super) fn finish(
         max_tokens,
         slo,
         tenant,
+        priority,
         received,
         time_limit: None,
     };
     Ok((request, output))
+}
+
+/// OpenAI's `service_tier`, as far as it says what matters more: `flex` is work that may wait, `priority` is not.
+fn priority(p: &mut Parameters) -> Result<Priority, Error> {
+    let Some(tier) = p.take_string("service_tier")? else {
+        return Ok(Priority::Normal);
+    };
+    match tier.as_str() {
+        "auto" | "default" => Ok(Priority::Normal),
+        "flex" => Ok(Priority::Low),
+        "priority" => Ok(Priority::High),
+        _ => {
+            let message =
+                format!("service_tier is {tier:?}, but only auto, default, flex and priority are supported");
+            Err(Error::invalid("service_tier", message))
+        }
+    }
 }
 
 fn output(p: &mut Parameters) -> Result<Output, Error> {

@@ -30,14 +30,17 @@ impl ApiError {
 
     /// The body.
     pub(super) fn body(&self) -> Value {
-        json!({
-            "error": {
-                "message": self.error.message,
-                "type": kind(self.error.code),
-                "param": self.error.param,
-                "code": self.name.unwrap_or(self.error.code.as_str()),
-            }
-        })
+        let mut error = json!({
+            "message": self.error.message,
+            "type": kind(self.error.code),
+            "param": self.error.param,
+            "code": self.name.unwrap_or(self.error.code.as_str()),
+        });
+        if let Some(overload) = self.error.overload {
+            error["constraint"] = json!(overload.constraint);
+            error["ttft_predicted_ms"] = json!(overload.ttft_predicted);
+        }
+        json!({ "error": error })
     }
 }
 

@@ -1,7 +1,12 @@
+use std::time::Instant;
+
 use proptest::prelude::*;
 
 use super::*;
+use crate::cost::StepTime;
+use crate::lengths::Lengths;
 use crate::policy::{Perigee, PolicyName};
+use crate::residents::Residents;
 
 const SHAPE: KvShape = KvShape {
     block_tokens: 32,
@@ -13,7 +18,7 @@ fn rates() -> Rates {
     Rates {
         prefill_ms_per_token: 2.0,
         prefill_ms_per_token_kilocontext: 0.5,
-        decode_step_ms: 10.0,
+        step: StepTime::assumed(10.0),
         transfer_bytes_per_ms: 1e6,
         disk_bytes_per_ms: 1e6,
     }
@@ -88,6 +93,11 @@ impl Case {
             shape: SHAPE,
             slo: self.slo,
             draw: u64::from(self.key),
+            outlook: Outlook {
+                residents: &Residents::default(),
+                lengths: &Lengths::default(),
+                now: Instant::now(),
+            },
             priors: &Priors::default(),
             settings: &self.settings,
         };
@@ -274,7 +284,7 @@ fn the_first_token_limit_outranks_the_score() {
 #[test]
 fn a_limit_on_gaps_keeps_a_request_off_a_crowded_decode_node() {
     let mut nodes = cluster();
-    nodes[2].rates.decode_step_ms = 60.0;
+    nodes[2].rates.step = StepTime::assumed(60.0);
     let mut case = Case::of(1000);
     // It holds the prefix, but is too slow for this request.
     case.matches = vec![("d0", 31)];
@@ -427,7 +437,7 @@ fn random_node(number: usize) -> impl Strategy<Value = NodeView> {
                 draining: drain && up,
                 rates: Rates {
                     prefill_ms_per_token: rate,
-                    decode_step_ms: rate * 3.0,
+                    step: StepTime::assumed(rate * 3.0),
                     ..rates()
                 },
                 pressure: Pressure {

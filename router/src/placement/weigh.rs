@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use types::{Millis, NodeId};
 
-use super::{Candidate, NodeView, Objection, Problem, SOURCES_MAX, Source};
+use super::{Candidate, DecodeLoad, NodeView, Objection, Problem, SOURCES_MAX, Source};
 use crate::cost::Prediction;
 use crate::index::Match;
 use crate::policy::Prefixes;
@@ -62,6 +62,13 @@ impl Prefix {
     }
 }
 
+impl Prefilling<'_> {
+    /// When it has computed the prompt.
+    pub(super) fn ends(&self) -> Millis {
+        self.queue + self.prefix.total()
+    }
+}
+
 impl<'a> Weighing<'a> {
     pub(super) fn new(problem: &'a Problem<'a>, prefixes: Prefixes) -> Self {
         let nodes: HashMap<_, _> = problem.nodes.iter().map(|node| (&node.id, node)).collect();
@@ -90,19 +97,32 @@ impl<'a> Weighing<'a> {
         }
     }
 
-    pub(super) fn decoding(&self, node: &'a NodeView) -> Decoding<'a> {
-        let (problem, pressure) = (self.problem, &node.pressure);
+    /// `ahead`: when the request is expected to decode.
+    pub(super) fn decoding(&self, node: &'a NodeView, ahead: Millis) -> Decoding<'a> {
+        let problem = self.problem;
         let held = self.held(&node.id) as u64;
         let blocks = problem.prompt_tokens.div_ceil(problem.shape.block_tokens);
         let held_tokens = held * problem.shape.block_tokens;
         Decoding {
             node,
-            tbt: node
-                .rates
-                .step(pressure.running_sequences, pressure.placed_sequences + 1),
+            tbt: self.gap(node, ahead),
             blocks: blocks.saturating_sub(held),
             handoff_bytes: problem.prompt_tokens.saturating_sub(held_tokens) * problem.shape.token_bytes,
         }
+    }
+
+    /// Between the request's tokens: a step with the batch that there is, or will be.
+    fn gap(&self, node: &NodeView, ahead: Millis) -> Millis {
+        let pressure = &node.pressure;
+        let running = pressure.running_sequences;
+        let batch = match self.problem.settings.decode_load {
+            DecodeLoad::Unjudged | DecodeLoad::Reported => (running + pressure.placed_sequences) as f64,
+            DecodeLoad::Predicted => {
+                let step = node.rates.step.of(running as f64);
+                self.problem.outlook.batch(&node.id, running, step, ahead)
+            }
+        };
+        node.rates.step.of(batch + 1.0)
     }
 
     /// `decode` prefills by itself, as what `engine` says. `alone`: no prefill node could.
@@ -111,7 +131,9 @@ impl<'a> Weighing<'a> {
         let running = pressure.running_sequences + pressure.placed_sequences;
         let shared = |tokens: u64| match running {
             0 => Millis(0.0),
-            _ => Millis(tokens.div_ceil(LOCAL_STEP_TOKENS) as f64 * decode.node.rates.decode_step_ms),
+            _ => Millis(
+                tokens.div_ceil(LOCAL_STEP_TOKENS) as f64 * decode.node.rates.step.of(running as f64).0,
+            ),
         };
         let Prefix {
             new_tokens, compute, ..

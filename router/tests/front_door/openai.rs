@@ -456,6 +456,13 @@ async fn what_is_wrong_is_named() {
             "ttft_slo_ms",
             "invalid",
         ),
+        (
+            CHAT,
+            chat(json!({ "service_tier": "scale" })),
+            400,
+            "service_tier",
+            "invalid",
+        ),
         // The prompt.
         (CHAT, messages(json!([])), 400, "messages", "invalid"),
         (CHAT, messages(json!("x")), 400, "messages", "invalid"),
@@ -593,8 +600,22 @@ async fn a_limit_that_cannot_be_met_is_429_before_any_node_is_asked() {
             .contains("predicted")
     );
     assert_eq!(response.headers["retry-after"], "1");
+    let error = &response.json()["error"];
+    assert_eq!(error["constraint"], "ttft");
+    assert!(error["ttft_predicted_ms"].as_f64().expect("a number") > 0.001);
+    assert!(node.requests().is_empty());
+    let response = router
+        .post(CHAT, with(hello(), json!({ "tbt_slo_ms": 0.001 })))
+        .await;
+    assert_eq!(response.status, 429, "{}", response.body);
+    assert_eq!(response.json()["error"]["constraint"], "tbt");
     assert!(node.requests().is_empty());
     router.idle().await;
+    let metrics = router.get("/metrics").await.body;
+    for constraint in ["ttft", "tbt"] {
+        let line = format!("perigee_router_rejections_total{{constraint=\"{constraint}\"}} 1");
+        assert!(metrics.contains(&line), "{metrics}");
+    }
 }
 
 fn broken_stream() -> Vec<Step> {

@@ -12,6 +12,9 @@ const TAIL_SHARE: f64 = 0.1;
 impl Simulation<'_> {
     /// A prompt has landed, and gets blocks when there are some.
     pub(super) fn lands(&mut self, node: usize, visit: Visit) {
+        if self.is_too_full(node) {
+            return self.end(visit.request, Outcome::Rejected);
+        }
         let (request, state) = (&self.requests[visit.request], &self.states[visit.request]);
         let landing = Landing {
             visit,
@@ -21,6 +24,13 @@ impl Simulation<'_> {
         self.nodes[node].batch.waiting.push_back(landing);
         self.admit(node);
         self.start_step(node);
+    }
+
+    /// Whether one more sequence would break the limit on gaps, where nodes turn prompts away for that.
+    fn is_too_full(&self, node: usize) -> bool {
+        let (limits, batch) = (&self.scenario.slo, &self.nodes[node].batch);
+        let sequences = (batch.sequences() + batch.waiting.len()) as u64;
+        limits.at_decode && self.profile.step_ms(sequences + 1, batch.resident_tokens) > limits.tbt_ms
     }
 
     fn admit(&mut self, node: usize) {
@@ -212,7 +222,8 @@ impl Simulation<'_> {
             && !placement.landed
         {
             placement.landed = true;
-            self.routers[state.router].prefilled(placement.id);
+            let now = self.begun + std::time::Duration::from_nanos(self.now_ns);
+            self.routers[state.router].prefilled(placement.id, now);
         }
     }
 

@@ -58,7 +58,7 @@ impl Simulation<'_> {
         let Some(placement) = state.placement.take() else {
             return;
         };
-        self.routers[state.router].ended(placement.id);
+        self.routers[state.router].ended(placement.id, None);
         state.attempt += 1;
         state.failed.insert(node.clone(), epoch);
         if state.served.placements >= self.scenario.router.placements_max {

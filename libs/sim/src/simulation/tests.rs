@@ -182,10 +182,13 @@ fn what_cannot_meet_its_limit_is_turned_away_where_it_asks_for_it() {
         ttft_ms: 5_000.0,
         tbt_ms: 200.0,
         asked: true,
+        at_decode: false,
     };
     let asked = report(&scenario);
     assert!(asked.rejected > 0 && asked.served > 0, "{asked:?}");
     scenario.slo.asked = false;
+    // Nobody is turned away for a full queue either.
+    scenario.router.node_queue_max = Duration::from_secs(3_600).into();
     let not_asked = report(&scenario);
     assert_eq!(not_asked.rejected, 0);
     assert!(asked.met > not_asked.met, "{} and {}", asked.met, not_asked.met);
