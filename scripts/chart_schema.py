@@ -42,7 +42,7 @@ def thing(**properties):
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
-def named(value, pattern="."):
+def named(value, pattern="^"):
     """Any names, each with such a value."""
     return {"type": "object", "additionalProperties": False, "patternProperties": {pattern: value}}
 
