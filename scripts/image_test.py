@@ -6,18 +6,23 @@ lets the pod of `helm test` ask them.
 
 Needs root, podman with runc, CNI's plugins, etcd, and nothing from a registry: images are made from nothing, as the last stage of the
 Containerfile does it. A pod becomes a container with the pod's command, environment, files, user and rights. What only Kubernetes has
-(probes, names, volumes) is done here: names by /etc/hosts, claims as folders. Afterwards a node and a member of etcd are stopped, and the
-test must pass again.
+(probes, names, volumes) is done here: names by /etc/hosts, claims as folders. Init containers get the model from a web server of this
+script. Afterwards a node and a member of etcd are stopped, and the test must pass again.
 """
 
 import argparse
+import functools
+import hashlib
+import http.server
 import json
 import os
 import pathlib
 import shutil
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -33,7 +38,6 @@ SIZES = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 VALUES = {
     "image": {"registry": "localhost", "repository": "perigee-test", "tag": "chart"},
-    "model": {"pull": {"enabled": False}, "volume": {"type": "hostPath"}},
     # Small, since all of them share this machine.
     "config": {"kv": {"memory": "256MiB"}, "model": {"threads": 1}, "log": {"filter": "info"}},
     "router": {"replicas": 1},
@@ -93,11 +97,24 @@ def build(podman, folder, perigee):
         podman("build", "--quiet", "--isolation", "chroot", "--file", folder / "Containerfile", "--tag", tag, context)
 
 
-def render(folder, model):
+def serve(model):
+    """Serves the model's folder to the network of the pods, for their init containers, and says the file's URL."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(model.parent))
+    # Not HTTPServer, which looks for the name of its address.
+    server = socketserver.ThreadingTCPServer((f"{SUBNET}.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://{SUBNET}.1:{server.server_address[1]}/{model.name}"
+
+
+def render(folder, reference, sha256):
     """The objects of the chart."""
-    values = json.loads(json.dumps(VALUES))
-    values["model"]["path"] = model.name
-    values["model"]["volume"]["hostPath"] = str(model.parent)
+    values = VALUES | {"model": {"pull": {"reference": reference, "sha256": sha256}}}
     path = folder / "values.json"
     path.write_text(json.dumps(values))
     command = [ROOT / ".venv/tools/helm", "template", RELEASE, ROOT / "helm/perigee", "--namespace", NAMESPACE, "--values", path]
@@ -116,10 +133,10 @@ class Pod:
             return [self.name, f"{self.name}.{self.service}.{NAMESPACE}.svc"]
         return [self.name]
 
-    def environment(self):
+    def environment(self, container):
         facts = {"metadata.name": self.name, "status.podIP": self.address}
         found = {}
-        for variable in self.container.get("env", []):
+        for variable in container.get("env", []):
             source = variable.get("valueFrom")
             value = facts[source["fieldRef"]["fieldPath"]] if source else variable["value"]
             found[variable["name"]] = expand(value, found)
@@ -137,7 +154,8 @@ class Pod:
                 found[volume["name"]] = path
             elif "hostPath" in volume:
                 found[volume["name"]] = pathlib.Path(volume["hostPath"]["path"])
-        for mount in self.container.get("volumeMounts", []):
+        containers = [self.container, *self.spec.get("initContainers", [])]
+        for mount in (mount for container in containers for mount in container.get("volumeMounts", [])):
             if mount["name"] not in found:
                 path = folder / "claims" / self.name / mount["name"]
                 path.mkdir(parents=True, exist_ok=True)
@@ -145,9 +163,9 @@ class Pod:
                 found[mount["name"]] = path
         return found
 
-    def arguments(self, folder, config_maps, hosts):
-        container, pod = self.container, self.spec["securityContext"]
-        rights = container["securityContext"]
+    def arguments(self, container, folder, config_maps, hosts):
+        """What podman takes to run one of its containers."""
+        pod, rights = self.spec["securityContext"], container["securityContext"]
         arguments = ["--name", self.name, "--hostname", self.name, "--network", NETWORK, "--ip", self.address, "--no-hosts=false"]
         arguments += ["--user", f"{pod['runAsUser']}:{pod['runAsGroup']}", "--pull", "never"]
         arguments += ["--read-only", "--read-only-tmpfs=false"] if rights["readOnlyRootFilesystem"] else []
@@ -157,7 +175,7 @@ class Pod:
         arguments += ["--memory", size(container["resources"]["limits"]["memory"])]
         for name, address in hosts.items():
             arguments += ["--add-host", f"{name}:{address}"]
-        environment = self.environment()
+        environment = self.environment(container)
         for name, value in environment.items():
             arguments += ["--env", f"{name}={value}"]
         places = self.volumes(folder, config_maps)
@@ -207,7 +225,9 @@ def pods(objects):
 
 def start(podman, pod, folder, config_maps, hosts):
     podman.names.append(pod.name)
-    podman("run", "--detach", *pod.arguments(folder, config_maps, hosts))
+    for container in pod.spec.get("initContainers", []):
+        podman("run", "--rm", *pod.arguments(container, folder, config_maps, hosts))
+    podman("run", "--detach", "--restart", "on-failure", *pod.arguments(pod.container, folder, config_maps, hosts))
 
 
 def logs(podman, names):
@@ -227,10 +247,21 @@ def wait(podman, pods):
         time.sleep(0.2)
 
 
+def pre_stop(podman, pod):
+    """What a kubelet runs before it ends the pod."""
+    command = pod.container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command")
+    if not command:
+        return
+    if "drain" not in podman("exec", pod.name, "perigee", "node", "--help").stdout:
+        say(f"{pod.name}: this binary has no `{' '.join(command)}`, so it is not run")
+        return
+    podman("exec", pod.name, *command, timeout=60)
+
+
 def ask(podman, test, folder, config_maps, hosts, everybody):
     """Runs the pod of `helm test`."""
     podman.names.append(test.name)
-    done = podman("run", "--rm", *test.arguments(folder, config_maps, hosts), check=False, timeout=300)
+    done = podman("run", "--rm", *test.arguments(test.container, folder, config_maps, hosts), check=False)
     print(done.stdout, flush=True)
     if done.returncode != 0:
         logs(podman, [pod.name for pod in everybody])
@@ -240,13 +271,16 @@ def ask(podman, test, folder, config_maps, hosts, everybody):
 def run(podman, folder, perigee, model):
     say("building the images")
     build(podman, folder, perigee)
-    objects = render(folder, model)
+    podman("network", "create", "--disable-dns", "--subnet", f"{SUBNET}.0/24", NETWORK)
+    # The bridge, and with it its address on this side, is there once something is on it.
+    podman("run", "--rm", "--network", NETWORK, IMAGE, "model", "list")
+    sha256 = hashlib.sha256(model.read_bytes()).hexdigest()
+    objects = render(folder, serve(model), sha256)
     config_maps = {thing["metadata"]["name"]: thing["data"] for thing in objects if thing["kind"] == "ConfigMap"}
     everybody, test = pods(objects)
     hosts = {name: pod.address for pod in everybody for name in pod.names()}
     router = next(pod for pod in everybody if "-router-" in pod.name)
     hosts[f"{RELEASE}-perigee-router"] = router.address
-    podman("network", "create", "--disable-dns", "--subnet", f"{SUBNET}.0/24", NETWORK)
     say(f"starting {', '.join(pod.name for pod in everybody)}")
     for pod in everybody:
         start(podman, pod, folder, config_maps, hosts)
@@ -257,6 +291,7 @@ def run(podman, folder, perigee, model):
     gone = [f"{RELEASE}-perigee-decode-0", f"{RELEASE}-perigee-etcd-0"]
     say(f"stopping {', '.join(gone)}, and asking again")
     for name in gone:
+        pre_stop(podman, next(pod for pod in everybody if pod.name == name))
         podman("stop", "--time", "60", name)
         state = json.loads(podman("inspect", name).stdout)[0]["State"]
         # etcd ends by its signal.
