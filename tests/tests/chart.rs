@@ -239,11 +239,11 @@ fn the_schema_has_the_binarys_own_settings_and_defaults() {
         }
     }
     assert!(compared > 100, "only {compared} settings are in the schema");
-    open_objects(&schema, "");
+    refuse_open_objects(&schema, "");
 }
 
-/// Every object of the schema says that it has no others than the properties that it names, or else why it has.
-fn open_objects(schema: &Value, path: &str) {
+/// Every object of the schema has no other properties than those that it names, but for the few that are meant to.
+fn refuse_open_objects(schema: &Value, path: &str) {
     // Objects of any kind, and Helm's own.
     const OPEN: [&str; 2] = ["/properties/global", "/properties/extraObjects/items"];
     let is_object = schema["type"] == "object" || schema.get("properties").is_some_and(|all| all.is_object());
@@ -259,8 +259,8 @@ fn open_objects(schema: &Value, path: &str) {
     match schema {
         Value::Object(fields) => fields
             .iter()
-            .for_each(|(key, value)| open_objects(value, &format!("{path}/{key}"))),
-        Value::Array(items) => items.iter().for_each(|item| open_objects(item, path)),
+            .for_each(|(key, value)| refuse_open_objects(value, &format!("{path}/{key}"))),
+        Value::Array(items) => items.iter().for_each(|item| refuse_open_objects(item, path)),
         _ => {}
     }
 }
@@ -363,6 +363,34 @@ fn settings_go_from_all_roles_to_the_pool() {
     assert_eq!(
         get("r-perigee-decode", "model", "path"),
         text("/models/model.Q4_K_M.gguf")
+    );
+}
+
+#[test]
+fn a_pool_may_take_back_what_its_role_has() {
+    let sets = [
+        "decode.config.router.local_prefill_tokens_max=512",
+        "decode.pools.default.config.router.local_prefill_tokens_max=0",
+        "decode.pools.default.replicas=0",
+        "decode.pools.default.drain.enabled=false",
+        "decode.pools.default.pdb.enabled=false",
+    ];
+    let objects = render("default", &sets);
+    let router = &configs(&objects)["r-perigee-decode"]["router"];
+    assert_eq!(router["local_prefill_tokens_max"].as_integer(), Some(0));
+    let workload = find(&objects, "StatefulSet", "r-perigee-decode");
+    assert_eq!(workload["spec"]["replicas"], 0);
+    assert!(
+        workload
+            .pointer("/spec/template/spec/containers/0/lifecycle")
+            .is_none()
+    );
+    let budgets = of_kind(&objects, "PodDisruptionBudget");
+    assert!(
+        !budgets
+            .map(Value::to_string)
+            .collect::<String>()
+            .contains("decode")
     );
 }
 

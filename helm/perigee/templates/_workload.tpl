@@ -112,6 +112,11 @@ containers:
           fieldRef: {fieldPath: metadata.name}
       - name: PERIGEE_NODE__ADVERTISE
         value: {{ ternary "[$(POD_IP)]" "$(POD_IP)" (eq $values.ipFamily "IPv6") | quote }}
+      {{- if eq .role "router" }}
+      # For `kubectl exec … perigee status`.
+      - name: PERIGEE_ROUTER
+        value: localhost:{{ $values.ports.grpc }}
+      {{- end }}
       {{- with $spec.extraEnv }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
