@@ -530,6 +530,16 @@ fn nodes_have_lasting_names_and_say_where_they_are() {
     let router = find(&ipv6, "Deployment", "r-perigee-router");
     let advertise = router.pointer("/spec/template/spec/containers/0/env/3/value");
     assert_eq!(advertise, Some(&json!("[$(POD_IP)]")));
+    let listening = |sets: &[&str]| {
+        let objects = render("default", sets);
+        let etcd = find(&objects, "StatefulSet", "r-perigee-etcd");
+        etcd["spec"]["template"]["spec"]["containers"][0]["command"].to_string()
+    };
+    assert_eq!(listening(&[]).matches("urls=http://0.0.0.0:").count(), 3);
+    assert_eq!(
+        listening(&["ipFamily=IPv6"]).matches("urls=http://[::]:").count(),
+        3
+    );
 }
 
 #[test]
