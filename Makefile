@@ -10,7 +10,7 @@ USES_UCX := package(transfer) | package(ucx-sys) | binary(conversation) | binary
 
 export PERIGEE_MODEL ?= $(CURDIR)/$(MODEL)
 
-.PHONY: demo test bench bench-transfer bench-store bench-router bench-eviction bench-table bench-cooperative lint format build setup setup-test clean help
+.PHONY: demo test test-image bench bench-transfer bench-store bench-router bench-eviction bench-table bench-cooperative lint format build setup setup-test clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,6 +25,10 @@ test: setup setup-test ## Install what the tests need, run all of them
 	$(CARGO) nextest run --release --locked --workspace $(if $(CI),--profile ci) $(NEXTEST)
 	scripts/with-ucx.sh absent $(CARGO) nextest run --release --locked --workspace $(if $(CI),--profile ci) -E '$(USES_UCX)'
 	scripts/with-ucx.sh pypi $(CARGO) nextest run --release --locked --workspace $(if $(CI),--profile ci) -E '$(USES_UCX)'
+
+test-image: $(MODEL) ## Build the image and run what the Helm chart renders, with podman; needs root
+	scripts/setup.sh image
+	.venv/bin/python scripts/image_test.py --perigee $(PERIGEE) --model $(MODEL)
 
 bench: $(MODEL) ## Measure the engine and the layer push, beside llama.cpp; writes docs/performance.md
 	python3 scripts/bench.py $(BENCH)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what a target needs and the machine lacks. `build`: a C compiler and protoc (for etcd-client's own build).
-# `test`: also etcd, cargo-nextest, and a Python environment with the official clients.
+# `test`: also etcd, cargo-nextest, a Python environment with the official clients, and what checks the Helm chart.
+# `image`: also podman, for `make test-image`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,7 +16,13 @@ need protoc protobuf-compiler
 [[ -e /usr/include/google/protobuf/descriptor.proto || -e /usr/local/include/google/protobuf/descriptor.proto ]] ||
     missing+=(libprotobuf-dev)
 need python3 python3
-if [[ ${1:-build} == test ]]; then
+if [[ ${1:-build} == image ]]; then
+    need podman podman
+    need runc runc
+    [[ -e /usr/lib/cni/bridge || -e /opt/cni/bin/bridge || -e /usr/libexec/cni/bridge ]] || missing+=(containernetworking-plugins)
+fi
+if [[ ${1:-build} == test || ${1:-build} == image ]]; then
+    need promtool prometheus
     need etcd etcd-server
     need etcdctl etcd-client
     need ip iproute2
@@ -40,7 +47,7 @@ if ! command -v cargo >/dev/null; then
     exit 69
 fi
 
-if [[ ${1:-build} == test ]]; then
+if [[ ${1:-build} == test || ${1:-build} == image ]]; then
     if ! cargo nextest --version >/dev/null 2>&1; then
         echo "setup: installing cargo-nextest" >&2
         cargo install cargo-nextest --locked --quiet
@@ -51,4 +58,5 @@ if [[ ${1:-build} == test ]]; then
         .venv/bin/pip install --quiet --disable-pip-version-check -r tests/python/requirements.txt
         cp tests/python/requirements.txt .venv/requirements.txt
     fi
+    .venv/bin/python scripts/chart_tools.py .venv/tools
 fi

@@ -125,8 +125,14 @@ pub(crate) enum TransferDirection {
 #[derive(Debug, Clone, Args)]
 pub(crate) struct CheckArgs {
     /// Check this machine and the settings only, before there is a cluster.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "chat")]
     pub(crate) pre: bool,
+    /// Also send a chat request to this OpenAI API, and check that a prefill node and a decode node answered it together.
+    #[arg(long, value_name = "URL")]
+    pub(crate) chat: Option<String>,
+    /// Least length of its prompt; more than `router.local_prefill_tokens_max`, or no prefill node is asked.
+    #[arg(long, value_name = "TOKENS", default_value_t = 320)]
+    pub(crate) chat_tokens: usize,
     #[command(flatten)]
     pub(crate) settings: SettingFlags,
 }

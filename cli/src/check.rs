@@ -2,8 +2,9 @@
 //!
 //! Findings are grouped in the order in which one thing rests on the other. A failure is what keeps the cluster from
 //! working as it was set up; a warning is what could be better; each says what to do. The judgement is pure
-//! (`cluster.rs`, `host.rs`); this file asks, prints, and gives the exit code.
+//! (`cluster.rs`, `host.rs`, and of a request `chat.rs`); this file asks, prints, and gives the exit code.
 
+mod chat;
 mod cluster;
 mod host;
 
@@ -129,7 +130,13 @@ pub(crate) async fn run(arguments: CheckArgs, router: &str, format: Format) -> a
     let findings = if arguments.pre {
         before(&arguments).await?
     } else {
-        cluster::judge(&ask(router).await?)
+        let mut findings = cluster::judge(&ask(router).await?);
+        if let Some(url) = arguments.chat {
+            let (asked, tokens) = (url.clone(), arguments.chat_tokens);
+            let answer = task::blocking("chat", move || chat::ask(&asked, tokens)).await?;
+            findings.push(chat::judge(&url, &answer));
+        }
+        findings
     };
     let findings = merge(findings);
     let count = |level| findings.iter().filter(|finding| finding.level == level).count();

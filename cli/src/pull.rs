@@ -1,14 +1,14 @@
 //! `perigee model pull`: gets a model from the catalogue, the Hugging Face hub or a URL.
 //!
 //! Invariant: a file appears under its final name only when it is whole and its sha256, where one is known, is right.
-//! What was downloaded before an interruption is kept as `.partial` and resumed.
+//! What was downloaded before an interruption is kept as `.partial` and resumed. One pull works in a folder at a time.
 
 mod catalogue;
 mod hub;
 mod pypi;
 
 use std::fs;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -17,6 +17,9 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::output::{self, Format};
+
+/// In the folder of the models; stays there, since whoever waits for it has opened it.
+const LOCK: &str = ".pull.lock";
 
 /// Arguments of `model pull`.
 #[derive(Debug, Args)]
@@ -61,6 +64,7 @@ pub(crate) fn list(format: Format) -> anyhow::Result<()> {
 /// Gets a model and prints where it lies.
 pub(crate) fn pull(args: &PullArgs, format: Format) -> anyhow::Result<()> {
     fs::create_dir_all(&args.to).with_context(|| format!("create {}", args.to.display()))?;
+    let _alone = lock(&args.to)?;
     let pulled = if let Some(model) = catalogue::find(&args.name) {
         vec![pypi::pull(model, &args.to)?]
     } else if let Some(reference) = args.name.strip_prefix("hf:") {
@@ -89,6 +93,23 @@ pub(crate) fn pull(args: &PullArgs, format: Format) -> anyhow::Result<()> {
         println!("{}", file.path.display());
     }
     Ok(())
+}
+
+/// Waits until no other pull works in this folder: machines that share it may start at the same time, and would write into each other's
+/// `.partial` files. The lock ends with the file that is returned, or with the process.
+fn lock(folder: &Path) -> anyhow::Result<fs::File> {
+    let path = folder.join(LOCK);
+    let file = fs::File::create(&path).with_context(|| format!("create {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => return Ok(file),
+        Err(fs::TryLockError::WouldBlock) => eprintln!("waiting for another pull into {}", folder.display()),
+        Err(fs::TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => return Ok(file),
+        Err(fs::TryLockError::Error(error)) => {
+            return Err(error).with_context(|| format!("lock {}", path.display()));
+        }
+    }
+    file.lock().with_context(|| format!("lock {}", path.display()))?;
+    Ok(file)
 }
 
 /// The sha256 of a file, with a progress bar.
@@ -158,4 +179,32 @@ fn present(path: &Path, expected: Option<&str>) -> anyhow::Result<Option<Pulled>
         sha256: actual,
         downloaded: false,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pull_waits_for_another_in_its_folder() {
+        let folder = tempfile::tempdir().expect("folder");
+        let first = lock(folder.path()).expect("nobody else pulls");
+        let (waits, path) = (std::sync::mpsc::channel(), folder.path().to_owned());
+        let second = std::thread::spawn(move || {
+            let held = lock(&path).is_ok();
+            waits.0.send(()).expect("the test listens");
+            held
+        });
+        let other = fs::File::open(folder.path().join(LOCK)).expect("the lock's file");
+        assert!(matches!(other.try_lock(), Err(fs::TryLockError::WouldBlock)));
+        assert!(
+            waits.1.try_recv().is_err(),
+            "the second pull goes on beside the first one"
+        );
+        drop(first);
+        assert!(
+            second.join().expect("no panic"),
+            "the second pull goes on after the first one"
+        );
+    }
 }
