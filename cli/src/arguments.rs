@@ -10,6 +10,7 @@ use node::config::{ByteSize, Duration};
 use crate::cache::CacheCommand;
 use crate::output::Format;
 use crate::pull::PullArgs;
+use crate::route::RouteCommand;
 use crate::settings::Transport;
 use crate::sim::SimCommand;
 
@@ -64,6 +65,9 @@ pub(crate) enum Command {
     /// The cached blocks of all nodes
     #[command(subcommand)]
     Cache(CacheCommand),
+    /// Where requests were placed, and why
+    #[command(subcommand)]
+    Route(RouteCommand),
     /// Clusters in virtual time
     #[command(subcommand)]
     Sim(SimCommand),

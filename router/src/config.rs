@@ -6,6 +6,7 @@ use types::Millis;
 
 use crate::admission::Limits;
 use crate::cost::Priors;
+use crate::decisions::DECISIONS_KEPT_MAX;
 use crate::index::ENTRIES_MAX_DEFAULT;
 use crate::placement::Settings;
 use crate::policy::PolicyName;
@@ -46,6 +47,8 @@ pub struct Config {
     pub placement_wait: Duration,
     /// (node, block) pairs in the prefix index.
     pub index_entries_max: usize,
+    /// Decisions kept to be explained.
+    pub decisions_kept: usize,
     /// Longest body of an HTTP request.
     pub body_bytes_max: ByteSize,
 }
@@ -77,6 +80,8 @@ impl Default for Config {
             // A restarted node is back within a second or two; a client rather waits that long than retries.
             placement_wait: Duration::from_secs(3),
             index_entries_max: ENTRIES_MAX_DEFAULT,
+            // Seconds of a busy router, in some 5 MiB.
+            decisions_kept: 256,
             // A context of a million tokens as text, or as a JSON list of ids.
             body_bytes_max: ByteSize::from_mib(16),
         }
@@ -89,6 +94,16 @@ pub enum ConfigError {
     /// A bound of nothing lets nothing through.
     #[error("{0} must not be 0")]
     Zero(&'static str),
+    /// A bound on memory that bounds nothing.
+    #[error("{name} is {value}, but must be at most {max}")]
+    TooMany {
+        /// Which one.
+        name: &'static str,
+        /// As configured.
+        value: usize,
+        /// What it may be.
+        max: usize,
+    },
     /// A weight is no finite, non-negative number.
     #[error("{name} is {value}, but must be a number that is not negative")]
     Weight {
@@ -110,6 +125,13 @@ impl Config {
             if !(value.is_finite() && value >= 0.0) {
                 return Err(ConfigError::Weight { name, value });
             }
+        }
+        if self.decisions_kept > DECISIONS_KEPT_MAX {
+            return Err(ConfigError::TooMany {
+                name: "decisions_kept",
+                value: self.decisions_kept,
+                max: DECISIONS_KEPT_MAX,
+            });
         }
         let bounds = [
             ("running_requests_max", self.running_requests_max as u64),

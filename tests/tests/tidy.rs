@@ -50,6 +50,8 @@ const PURE: &[&str] = &[
     "router/src/index.rs",
     "router/src/cost.rs",
     "router/src/placement.rs",
+    "router/src/decisions.rs",
+    "router/src/decisions/reason.rs",
     "router/src/admission.rs",
     "prefill-node/src/schedule.rs",
     "prefill-node/src/handoff.rs",
