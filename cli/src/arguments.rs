@@ -11,6 +11,7 @@ use types::Priority;
 use crate::cache::CacheCommand;
 use crate::output::Format;
 use crate::pull::PullArgs;
+use crate::route::RouteCommand;
 use crate::settings::Transport;
 use crate::sim::SimCommand;
 
@@ -65,6 +66,9 @@ pub(crate) enum Command {
     /// The cached blocks of all nodes
     #[command(subcommand)]
     Cache(CacheCommand),
+    /// Where requests were placed, and why
+    #[command(subcommand)]
+    Route(RouteCommand),
     /// Clusters in virtual time
     #[command(subcommand)]
     Sim(SimCommand),

@@ -13,6 +13,7 @@ mod nodes;
 mod output;
 mod pull;
 mod roles;
+mod route;
 mod settings;
 mod sim;
 mod status;
@@ -87,6 +88,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Transfer(TransferCommand::List) => block_on(transfers::list(&router, output)),
         Command::Transfer(TransferCommand::Test(flags)) => block_on(transfers::test(flags, &router, output)),
         Command::Cache(command) => block_on(cache::run(command, &router, output)),
+        Command::Route(command) => block_on(route::run(command, &router, output)),
         Command::Sim(command) => sim::run(command, output),
         Command::Node(NodeCommand::List) => block_on(status::nodes(&router, output)),
         Command::Model(ModelCommand::Pull(flags)) => pull::pull(&flags, output),

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use kv_store::follower::Applied;
-use types::{BlockHash, Epoch, KvSpace, LoadReport, NodeId, NodeRecord, Role, Slo};
+use types::{BlockHash, Epoch, KvSpace, LoadReport, Millis, NodeId, NodeRecord, Role, Slo};
 
 use crate::admission::Room;
 use crate::cost::{CostModel, Placed, PlacementId, Priors};
@@ -236,6 +236,39 @@ impl Cluster {
         query: &Query<'_>,
         now: Instant,
     ) -> Result<Assignment, NoPlacement> {
+        // The policy goes on from here: a copy of it decides, since the rest of the cluster is only read meanwhile.
+        let mut policy = self.policy.copy();
+        let explanation = self.weigh(space, query, policy.as_mut(), now)?;
+        self.policy = policy;
+        Ok(self.assign(explanation, query.answer, now))
+    }
+
+    /// Where [`Self::place`] would place a request now. Nothing is counted, learnt or advanced.
+    ///
+    /// # Errors
+    ///
+    /// No decode node can take it.
+    pub fn explain(
+        &self,
+        space: &KvSpace,
+        query: &Query<'_>,
+        now: Instant,
+    ) -> Result<Explanation, NoPlacement> {
+        self.weigh(space, query, self.policy.copy().as_mut(), now)
+    }
+
+    /// Scores closer than this are equal.
+    pub fn tie(&self) -> Millis {
+        self.settings.tie
+    }
+
+    fn weigh(
+        &self,
+        space: &KvSpace,
+        query: &Query<'_>,
+        policy: &mut dyn Policy,
+        now: Instant,
+    ) -> Result<Explanation, NoPlacement> {
         let views = self.views(space);
         let matches = self.index.match_prefix(query.hashes);
         let excluded: BTreeSet<NodeId> = query
@@ -270,8 +303,7 @@ impl Cluster {
             priors: self.costs.priors(),
             settings: &self.settings,
         };
-        let explanation = placement::place(&problem, self.policy.as_mut())?;
-        Ok(self.assign(explanation, query.answer, now))
+        placement::place(&problem, policy)
     }
 
     /// The node that holds most of a prompt, if it has a part of that on disk only, and how many blocks it holds.

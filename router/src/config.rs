@@ -8,6 +8,7 @@ use types::{Millis, Priority, Slo};
 
 use crate::admission::Limits;
 use crate::cost::Priors;
+use crate::decisions::DECISIONS_KEPT_MAX;
 use crate::index::ENTRIES_MAX_DEFAULT;
 use crate::placement::{DecodeLoad, Settings};
 use crate::policy::PolicyName;
@@ -58,6 +59,8 @@ pub struct Config {
     pub placement_wait: Duration,
     /// (node, block) pairs in the prefix index.
     pub index_entries_max: usize,
+    /// Decisions kept to be explained.
+    pub decisions_kept: usize,
     /// Longest body of an HTTP request.
     pub body_bytes_max: ByteSize,
     /// What single tenants may ask, by name.
@@ -96,6 +99,8 @@ impl Default for Config {
             // A restarted node is back within a second or two; a client rather waits that long than retries.
             placement_wait: Duration::from_secs(3),
             index_entries_max: ENTRIES_MAX_DEFAULT,
+            // Seconds of a busy router, in some 5 MiB.
+            decisions_kept: 256,
             // A context of a million tokens as text, or as a JSON list of ids.
             body_bytes_max: ByteSize::from_mib(16),
             tenants: BTreeMap::new(),
@@ -109,6 +114,16 @@ pub enum ConfigError {
     /// A bound of nothing lets nothing through.
     #[error("{0} must not be 0")]
     Zero(&'static str),
+    /// A bound on memory that bounds nothing.
+    #[error("{name} is {value}, but must be at most {max}")]
+    TooMany {
+        /// Which one.
+        name: &'static str,
+        /// As configured.
+        value: usize,
+        /// What it may be.
+        max: usize,
+    },
     /// A weight is no finite, non-negative number.
     #[error("{name} is {value}, but must be a number that is not negative")]
     Weight {
@@ -117,9 +132,6 @@ pub enum ConfigError {
         /// As configured.
         value: f64,
     },
-    /// More tenants than can have settings of their own.
-    #[error("tenants names {0}, but at most {TENANTS_MAX} can have settings of their own")]
-    Tenants(usize),
 }
 
 impl Config {
@@ -135,7 +147,18 @@ impl Config {
             }
         }
         if self.tenants.len() > TENANTS_MAX {
-            return Err(ConfigError::Tenants(self.tenants.len()));
+            return Err(ConfigError::TooMany {
+                name: "tenants",
+                value: self.tenants.len(),
+                max: TENANTS_MAX,
+            });
+        }
+        if self.decisions_kept > DECISIONS_KEPT_MAX {
+            return Err(ConfigError::TooMany {
+                name: "decisions_kept",
+                value: self.decisions_kept,
+                max: DECISIONS_KEPT_MAX,
+            });
         }
         let bounds = [
             ("running_requests_max", self.running_requests_max as u64),

@@ -6,9 +6,11 @@
 //! - dropping a [`Running`] cancels everything below it and frees its place at once;
 //! - a request that another node takes over continues with the tokens that the client has, and the client sees no seam.
 //!
-//! Elsewhere: hints while a request waits (`hint.rs`), one placement's stream (`attempt.rs`), going on after a failure (`running.rs`), times (`latency.rs`).
+//! Elsewhere: hints while a request waits (`hint.rs`), one placement's stream (`attempt.rs`), what would be decided (`explain.rs`),
+//!  going on after a failure (`running.rs`), times (`latency.rs`).
 
 mod attempt;
+mod explain;
 mod hint;
 mod latency;
 mod running;
@@ -29,6 +31,7 @@ use crate::gate::{Asks, Gate, Refused};
 use crate::members::SharedCluster;
 use crate::metrics::Metrics;
 use crate::model::Model;
+use crate::recorder::Recorder;
 use crate::request::{self, Input, Prepared, Request};
 
 pub use running::Running;
@@ -69,6 +72,7 @@ struct Shared {
     gate: Gate,
     channels: Channels,
     metrics: Metrics,
+    recorder: Recorder,
     entropy: Entropy,
     arriving: Semaphore,
     tokenising: Semaphore,
@@ -91,6 +95,7 @@ impl Dispatcher {
                 tokenising: Semaphore::new(TOKENISING_MAX),
                 hints: Arc::new(Semaphore::new(hint::HINTS_MAX)),
                 entropy: Entropy::default(),
+                recorder: Recorder::new(config.decisions_kept),
                 config,
                 model,
                 cluster,
@@ -108,6 +113,11 @@ impl Dispatcher {
     /// What is known of the cluster.
     pub fn cluster(&self) -> &SharedCluster {
         &self.shared.cluster
+    }
+
+    /// What was decided.
+    pub(crate) fn recorder(&self) -> &Recorder {
+        &self.shared.recorder
     }
 
     /// The configuration.
@@ -234,9 +244,13 @@ fn text_bytes(input: &Input) -> usize {
 }
 
 fn unix_s() -> u64 {
-    // A clock before 1970 is a template's date at worst.
+    unix_ms() / 1000
+}
+
+fn unix_ms() -> u64 {
+    // A clock before 1970 is a date in a template or a list at worst.
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| since.as_secs())
+    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// What is left until `deadline`, at least a millisecond.

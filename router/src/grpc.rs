@@ -189,7 +189,7 @@ fn read(
     })
 }
 
-fn messages(wire: Vec<v1::ChatMessage>) -> Result<Vec<serde_json::Value>, Error> {
+pub(crate) fn messages(wire: Vec<v1::ChatMessage>) -> Result<Vec<serde_json::Value>, Error> {
     if wire.is_empty() || wire.len() > MESSAGES_MAX {
         let message = format!(
             "messages has {}, but must have between 1 and {MESSAGES_MAX}",

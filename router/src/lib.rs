@@ -8,9 +8,10 @@
 //! - [`residents`] and [`lengths`]: how busy decode nodes will be;
 //! - [`placement`] and [`policy`]: where a request goes; [`admission`] and [`tenants`]: whether it may;
 //! - [`cluster`]: all of that together, fed by events;
+//! - [`decisions`]: the last placements with their reasons;
 //! - [`request`] and [`model`]: from what a client says to tokens;
 //! - [`members`]: the streams from the nodes; [`gate`]: waiting for a place; [`dispatch`]: a request's life;
-//! - `grpc` and `openai`: the two front doors.
+//! - `grpc` and `openai`: the two front doors; `routing`: what the router decided, for whoever asks.
 //!
 //! Architecture invariant: the pure modules know neither tokio nor tonic, so the simulator runs them as they are.
 
@@ -18,6 +19,7 @@ pub mod admission;
 pub mod cluster;
 pub mod config;
 pub mod cost;
+pub mod decisions;
 pub mod dispatch;
 pub mod entropy;
 pub mod error;
@@ -31,8 +33,10 @@ pub mod model;
 mod openai;
 pub mod placement;
 pub mod policy;
+mod recorder;
 pub mod request;
 pub mod residents;
+mod routing;
 pub mod tenants;
 
 use std::sync::Arc;
@@ -155,6 +159,7 @@ impl Service {
         } = self;
         let grpc = more
             .add_service(grpc::Service::server(dispatcher.clone()))
+            .add_service(routing::Service::server(dispatcher.clone(), shutdown.clone()))
             .add_service(reflection().build_v1()?)
             .add_service(reflection().build_v1alpha()?);
         let server = Server::new(config, readiness.clone(), node_metrics)

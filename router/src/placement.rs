@@ -178,6 +178,10 @@ pub struct Candidate {
     pub prediction: Prediction,
     /// Gap between tokens.
     pub tbt: Millis,
+    /// What the score is charged for the delay of sequences that run there.
+    pub interference_charge: Millis,
+    /// What it is charged for the gap between tokens.
+    pub gap_charge: Millis,
     /// What policies minimise: the predicted time to first token and the charges for what it does to others.
     pub score: Millis,
     /// What speaks against it most.

@@ -27,6 +27,9 @@ pub trait Policy: Send + std::fmt::Debug {
     /// The index of an eligible candidate, or `None` if there is none.
     fn choose(&mut self, problem: &Problem<'_>, candidates: &[Candidate]) -> Option<usize>;
 
+    /// The same policy in the same state: what a question is put to that must not advance this one.
+    fn copy(&self) -> Box<dyn Policy>;
+
     /// Where the prefix of its candidates comes from.
     fn prefixes(&self) -> Prefixes {
         Prefixes::Own
@@ -104,6 +107,10 @@ impl Policy for Perigee {
         "perigee"
     }
 
+    fn copy(&self) -> Box<dyn Policy> {
+        Box::new(*self)
+    }
+
     fn choose(&mut self, problem: &Problem<'_>, candidates: &[Candidate]) -> Option<usize> {
         let least = eligible(candidates)
             .map(|(_, candidate)| candidate.objection)
@@ -133,6 +140,10 @@ impl Policy for KvCentric {
         "kv_centric"
     }
 
+    fn copy(&self) -> Box<dyn Policy> {
+        Box::new(*self)
+    }
+
     fn choose(&mut self, problem: &Problem<'_>, candidates: &[Candidate]) -> Option<usize> {
         pair(problem, candidates, time_to_prefill, gap)
     }
@@ -151,6 +162,10 @@ impl Policy for LocalCacheAware {
         "local_cache_aware"
     }
 
+    fn copy(&self) -> Box<dyn Policy> {
+        Box::new(*self)
+    }
+
     fn choose(&mut self, problem: &Problem<'_>, candidates: &[Candidate]) -> Option<usize> {
         pair(problem, candidates, time_to_prefill, gap)
     }
@@ -163,6 +178,10 @@ pub struct LeastLoaded;
 impl Policy for LeastLoaded {
     fn name(&self) -> &'static str {
         "least_loaded"
+    }
+
+    fn copy(&self) -> Box<dyn Policy> {
+        Box::new(*self)
     }
 
     fn choose(&mut self, problem: &Problem<'_>, candidates: &[Candidate]) -> Option<usize> {
@@ -180,6 +199,10 @@ pub struct Dynamo;
 impl Policy for Dynamo {
     fn name(&self) -> &'static str {
         "dynamo"
+    }
+
+    fn copy(&self) -> Box<dyn Policy> {
+        Box::new(*self)
     }
 
     fn choose(&mut self, problem: &Problem<'_>, candidates: &[Candidate]) -> Option<usize> {
@@ -262,6 +285,10 @@ impl Policy for RoundRobin {
         "round_robin"
     }
 
+    fn copy(&self) -> Box<dyn Policy> {
+        Box::new(*self)
+    }
+
     fn choose(&mut self, _: &Problem<'_>, candidates: &[Candidate]) -> Option<usize> {
         let pool = apart(candidates);
         let prefill = in_turn(
@@ -296,6 +323,10 @@ pub struct Random;
 impl Policy for Random {
     fn name(&self) -> &'static str {
         "random"
+    }
+
+    fn copy(&self) -> Box<dyn Policy> {
+        Box::new(*self)
     }
 
     fn choose(&mut self, problem: &Problem<'_>, candidates: &[Candidate]) -> Option<usize> {

@@ -51,6 +51,8 @@ const PURE: &[&str] = &[
     "router/src/cost.rs",
     "router/src/cost/steps.rs",
     "router/src/placement.rs",
+    "router/src/decisions.rs",
+    "router/src/decisions/reason.rs",
     "router/src/admission.rs",
     "router/src/admission",
     "router/src/lengths.rs",

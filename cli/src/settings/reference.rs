@@ -242,6 +242,10 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
                 "How long a request waits for a node to appear while none can take it.",
             ),
             ("index_entries_max", "(node, block) pairs in the prefix index."),
+            (
+                "decisions_kept",
+                "Last decisions kept for `perigee route`, some 20 KiB each; at most 4096, and 0: none.",
+            ),
             ("body_bytes_max", "Longest body of an HTTP request."),
             (
                 "tenants",

@@ -10,12 +10,13 @@ use types::{Epoch, Error, ErrorCode, KvSpace, Millis, NodeId, Slo, Token};
 
 use super::attempt::{Attempt, Failure, Nodes, Placed, decode_request};
 use super::latency::{Arrival, Latency, millis};
-use super::{Event, Shared};
+use super::{Event, Shared, unix_ms};
 use crate::admission::{Admission, Forecast};
 use crate::cluster::{Assignment, Query};
+use crate::decisions::{Ending, Subject};
 use crate::error::RequestError;
 use crate::gate::Permit;
-use crate::placement::{DecodeLoad, NoPlacement};
+use crate::placement::{Candidate, DecodeLoad, NoPlacement};
 use crate::request::{self, Prepared};
 use crate::residents::Answer;
 
@@ -33,6 +34,8 @@ pub struct Running {
     placements: u32,
     /// What the first placement was predicted to take, and when it was made.
     predicted: Option<(Millis, Instant)>,
+    /// Number of the decision behind the last placement.
+    decision: Option<u64>,
     latency: Latency,
     ended: bool,
     /// Last, so that the place is free only after the node was told.
@@ -52,6 +55,7 @@ impl Running {
             last_error: None,
             placements: 0,
             predicted: None,
+            decision: None,
             ended: false,
             _permit: permit,
         }
@@ -68,6 +72,9 @@ impl Running {
             Ok(result) => result,
             Err(_) => Err(self.too_late()),
         };
+        if let Err(error) = &result {
+            self.settle(Ending::Failed(error.code()));
+        }
         // An error here is the caller's to count.
         self.ended = result.is_err();
         self.attempt = Some(result?);
@@ -127,7 +134,7 @@ impl Running {
         let wait_until = Instant::now() + self.shared.config.placement_wait.get();
         loop {
             changes.mark_unchanged();
-            let (space, assignment) = match self.assign() {
+            let (space, assignment, subject) = match self.assign() {
                 Ok(assigned) => assigned,
                 Err(nobody) => {
                     let full = self
@@ -142,9 +149,14 @@ impl Running {
                 }
             };
             let placed = Placed::new(assignment.id, self.shared.cluster.clone());
-            self.judge(&assignment)?;
-            self.placements += 1;
+            let choice = assignment.explanation.choice();
+            self.log(choice);
+            let (predicted, gap) = (choice.prediction.total, choice.tbt);
             let request = decode_request(&assignment, space.root(), &self.request, &self.generated);
+            let recorder = &self.shared.recorder;
+            self.decision = Some(recorder.record(subject, assignment.explanation));
+            self.judge(predicted, gap)?;
+            self.placements += 1;
             let nodes = Nodes {
                 decode: assignment.decode,
                 prefill: assignment.prefill,
@@ -158,7 +170,7 @@ impl Running {
         }
     }
 
-    fn assign(&self) -> Result<(KvSpace, Assignment), NoPlacement> {
+    fn assign(&self) -> Result<(KvSpace, Assignment, Subject), NoPlacement> {
         let space = self.shared.cluster.lock().kv_space();
         let space = space.ok_or_else(|| NoPlacement { excluded: Vec::new() })?;
         let sequence: Vec<Token> = self
@@ -168,6 +180,7 @@ impl Running {
             .chain(&self.generated)
             .copied()
             .collect();
+        let began = Instant::now();
         // Hashed before the lock is taken: a long prompt takes a millisecond.
         let (hashes, key) = request::hashes(&space, &self.request.tenant, &sequence);
         let answer = Answer {
@@ -184,34 +197,66 @@ impl Running {
             answer: &answer,
             draw: self.shared.entropy.draw(),
         };
-        let assignment = self.shared.cluster.lock().place(&space, &query, Instant::now())?;
-        Ok((space, assignment))
+        let (assignment, tie) = {
+            let mut cluster = self.shared.cluster.lock();
+            (cluster.place(&space, &query, Instant::now())?, cluster.tie())
+        };
+        let subject = Subject {
+            request: Some(self.request.id),
+            made_unix_ms: unix_ms(),
+            tenant: self.request.tenant.clone(),
+            prompt_tokens: query.prompt_tokens,
+            tie,
+            took: millis(began, Instant::now()),
+        };
+        Ok((space, assignment, subject))
     }
 
     /// Holds the first placement's prediction against what the request allows. A request that runs is not judged again: it
     /// was promised an answer.
-    fn judge(&mut self, assignment: &Assignment) -> Result<(), RequestError> {
-        let choice = assignment.explanation.choice();
-        tracing::debug!(
-            request_id = %self.request.id,
-            prefill = choice.prefill.as_ref().map_or("local", NodeId::as_str),
-            decode = %choice.decode,
-            new_tokens = choice.new_tokens,
-            predicted = %choice.prediction.total,
-            placement = self.placements + 1,
-            "placed"
-        );
+    fn judge(&mut self, predicted: Millis, gap: Millis) -> Result<(), RequestError> {
         if self.predicted.is_none() {
-            let (waited, predicted) = (self.request.received.elapsed(), choice.prediction.total);
             let judged = self.shared.config.decode_load != DecodeLoad::Unjudged;
+            let waited = self.request.received.elapsed();
             let forecast = Forecast {
                 ttft: predicted,
-                tbt: judged.then_some(choice.tbt),
+                tbt: judged.then_some(gap),
             };
             Admission::judge(forecast, waited, self.request.terms.slo)?;
             self.predicted = Some((predicted, Instant::now()));
         }
         Ok(())
+    }
+
+    /// Puts the choice into the request's trace, with the terms that `perigee route explain` shows.
+    fn log(&self, choice: &Candidate) {
+        let prediction = &choice.prediction;
+        tracing::debug!(
+            request_id = %self.request.id,
+            placement = self.placements + 1,
+            prefill = choice.prefill.as_ref().map_or("local", NodeId::as_str),
+            decode = %choice.decode,
+            source = choice.sources.first().map_or("", |source| source.node.as_str()),
+            new_tokens = choice.new_tokens,
+            queue_ms = prediction.queue.0,
+            promote_ms = prediction.promote.0,
+            fetch_ms = prediction.fetch.0,
+            compute_ms = prediction.compute.0,
+            handoff_ms = prediction.handoff.0,
+            ttft_ms = prediction.total.0,
+            tbt_ms = choice.tbt.0,
+            interference_charge_ms = choice.interference_charge.0,
+            gap_charge_ms = choice.gap_charge.0,
+            score_ms = choice.score.0,
+            "placed"
+        );
+    }
+
+    /// Says how the last placement ended, if there was one.
+    fn settle(&self, ending: Ending) {
+        if let Some(number) = self.decision {
+            self.shared.recorder.ended(number, ending);
+        }
     }
 
     /// Decides whether another placement follows a failure, and keeps whoever is at fault out of it.
@@ -226,6 +271,7 @@ impl Running {
             again = again && self.placements < self.shared.config.placements_max,
             "placement failed"
         );
+        self.settle(Ending::Failed(failure.error.code));
         if !again || self.placements >= self.shared.config.placements_max {
             return Err(RequestError::Node(failure.error));
         }
@@ -243,6 +289,10 @@ impl Running {
             let now = Instant::now();
             if attempt.tokens == 0 {
                 attempt.placed.prefilled(now);
+                if let Some(number) = self.decision {
+                    let ttft = millis(attempt.placed_at, now);
+                    self.shared.recorder.first_token(number, ttft);
+                }
             }
             attempt.tokens += tokens.ids.len() as u64;
             match self.latency.tokens(tokens.ids.len() as u64, now) {
@@ -315,6 +365,7 @@ impl Running {
     fn end(&mut self, code: Option<ErrorCode>) {
         self.ended = true;
         self.attempt = None;
+        self.settle(code.map_or(Ending::Finished, Ending::Failed));
         self.shared.metrics.request_ended(code);
     }
 }
@@ -323,6 +374,7 @@ impl Drop for Running {
     fn drop(&mut self) {
         if !self.ended {
             tracing::debug!(request_id = %self.request.id, "request cancelled");
+            self.settle(Ending::Cancelled);
             self.shared.metrics.request_cancelled();
         }
     }

@@ -191,7 +191,8 @@ impl<'a> Weighing<'a> {
         } = &engine.prefix;
         let prediction = Prediction::of(queue, *promote, *fetch, compute, handoff);
         let settings = self.problem.settings;
-        let charges = settings.interference_weight * interference + settings.decode_gap_weight * decode.tbt.0;
+        let interference_charge = Millis(settings.interference_weight * interference);
+        let gap_charge = Millis(settings.decode_gap_weight * decode.tbt.0);
         Candidate {
             prefill,
             decode: decode.node.id.clone(),
@@ -200,7 +201,9 @@ impl<'a> Weighing<'a> {
             decode_blocks: decode.blocks,
             prediction,
             tbt: decode.tbt,
-            score: prediction.total + Millis(charges),
+            interference_charge,
+            gap_charge,
+            score: prediction.total + Millis(interference_charge.0 + gap_charge.0),
             objection: self.objection(prediction.total, decode),
         }
     }
