@@ -13,7 +13,7 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
-use types::{Error, ErrorCode, Millis, RequestId, SamplingParams, Slo};
+use types::{Error, ErrorCode, Millis, Priority, RequestId, SamplingParams, Slo};
 
 use crate::decisions::{Decision, Ending, Kept, Outcome, reason};
 use crate::dispatch::Dispatcher;
@@ -155,6 +155,7 @@ fn read(
             tbt: limit(tbt_slo_ms),
         },
         tenant,
+        priority: Priority::default(),
         received,
         time_limit: None,
     })

@@ -94,6 +94,15 @@ proptest! {
     }
 
     #[test]
+    fn a_block_of_any_size_is_hashed_as_is_written(tokens in prop::collection::vec(any::<u32>(), 0..300)) {
+        let root = space().root();
+        let words = tokens.iter().flat_map(|token| token.to_le_bytes());
+        let bytes: Vec<u8> = root.0.into_iter().chain(words).collect();
+        let whole = blake3::hash(&bytes);
+        prop_assert_eq!(&root.child(&tokens).0[..], &whole.as_bytes()[..16]);
+    }
+
+    #[test]
     fn text_form_round_trips(bytes in any::<[u8; 16]>()) {
         let hash = BlockHash(bytes);
         prop_assert_eq!(BlockHash::parse(&hash.to_string()), Some(hash));
