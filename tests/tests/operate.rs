@@ -382,3 +382,38 @@ fn a_check_without_a_cluster_judges_the_machine_and_the_settings() {
     let (code, printed) = run_to_end(&["check", "--router", &nobody]);
     assert!(code == 10 && printed.contains("does not answer"), "{printed}");
 }
+
+#[test]
+fn a_request_is_explained_by_the_numbers_that_it_was_placed_by() {
+    let folder = tempfile::tempdir().expect("folder");
+    let local_max = "router.local_prefill_tokens_max=0";
+    let arguments = ["--prefill", "2", "--decode", "2", "--set", local_max];
+    let cluster = Cluster::start(&tiny(folder.path()), &arguments);
+    let router = cluster.ready.grpc.trim_start_matches("http://");
+    let ask = |arguments: &[&str]| {
+        let rest = ["-o", "json", "--router", router];
+        json(&run(&[arguments, &rest].concat()))
+    };
+    let prompt = "hello there, what is there to say";
+    let before = ask(&["route", "explain", "--prompt", prompt]);
+    assert_eq!(before["candidates"].as_array().expect("candidates").len(), 6);
+    assert!(before["request_id"].is_null() && before["outcome"].is_null());
+    assert_eq!(ask(&["route", "list"])["decisions"], Value::Array(Vec::new()));
+
+    let report = ask(&["generate", prompt, "--max-tokens", "5"])["report"].clone();
+    let explained = ask(&["route", "explain"]);
+    let choice = &explained["candidates"][0];
+    assert_eq!(choice["prefill_node"], report["prefill_node"], "{explained}");
+    assert_eq!(choice["decode_node"], report["decode_node"], "{explained}");
+    // The report counts from the request's arrival.
+    let number = |value: &Value| value.as_f64().expect("a number");
+    assert!(number(&choice["ttft_ms"]) <= number(&report["ttft_predicted_ms"]));
+    assert_eq!(explained["outcome"]["state"], "finished");
+    assert!(!explained["reason"].as_str().expect("text").is_empty());
+    let id = explained["request_id"].as_str().expect("an id");
+    assert_eq!(ask(&["route", "explain", "--request", id]), explained);
+
+    let unknown = ["route", "explain", "--router", router, "--request"];
+    let (code, _) = run_to_end(&[&unknown[..], &["0123456789abcdef0123456789abcdef"]].concat());
+    assert_eq!(code, i32::from(ErrorCode::NotFound.exit()));
+}

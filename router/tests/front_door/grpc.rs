@@ -26,7 +26,7 @@ fn text(prompt: &str) -> v1::GenerateRequest {
     }
 }
 
-async fn events(router: &Router, request: v1::GenerateRequest) -> Result<Vec<Event>, Status> {
+pub(crate) async fn events(router: &Router, request: v1::GenerateRequest) -> Result<Vec<Event>, Status> {
     let stream = client(router).generate(request).await?.into_inner();
     let events: Vec<_> = stream.collect().await;
     events
@@ -241,7 +241,7 @@ async fn reflection_lists_what_can_be_called() {
 }
 
 /// The log of a node that holds the full blocks of `tokens`.
-fn held(fixture: &Fixture, tenant: &str, tokens: &[u32]) -> Vec<BlockEvent> {
+pub(crate) fn held(fixture: &Fixture, tenant: &str, tokens: &[u32]) -> Vec<BlockEvent> {
     let mut parent = fixture.space.with_tenant(tenant).root();
     let hashes = parent.chain(tokens, fixture.space.layout.block_tokens);
     let events = hashes.into_iter().map(|hash| {

@@ -4,3 +4,4 @@ mod failover;
 mod grpc;
 mod harness;
 mod openai;
+mod routing;

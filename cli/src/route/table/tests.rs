@@ -1,1 +1,106 @@
+use client::PlacementSource;
+use proto::v1;
 
+use super::*;
+
+fn candidate(prefill: &str, decode: &str, compute_ms: f64) -> PlacementCandidate {
+    PlacementCandidate {
+        prefill_node: prefill.into(),
+        decode_node: decode.into(),
+        new_tokens: 100,
+        compute_ms,
+        ttft_ms: compute_ms + 2.0,
+        handoff_ms: 2.0,
+        tbt_ms: 9.5,
+        gap_charge_ms: 38.0,
+        score_ms: compute_ms + 40.0,
+        ..PlacementCandidate::default()
+    }
+}
+
+fn decision() -> Decision {
+    let chosen = PlacementCandidate {
+        sources: vec![PlacementSource {
+            node: "store-0".into(),
+            blocks: 12,
+        }],
+        fetch_ms: 3.25,
+        ..candidate("prefill-0", "decode-0", 51.0)
+    };
+    let local = PlacementCandidate {
+        objection: "local_prefill_too_long".into(),
+        interference_charge_ms: 7.5,
+        ..candidate("", "decode-1", 151.0)
+    };
+    Decision {
+        number: 7,
+        request_id: "00000000000000000000000000000abc".into(),
+        tenant: "acme".into(),
+        prompt_tokens: 484,
+        policy: "perigee".into(),
+        candidates: vec![chosen, local],
+        candidates_left_out: 3,
+        excluded: vec![v1::ExcludedNode {
+            node: "decode-2".into(),
+            reason: "failed_before".into(),
+        }],
+        reason: "least score: 91.0 ms".into(),
+        decision_ms: 0.25,
+        outcome: Some(v1::PlacementOutcome {
+            state: "finished".into(),
+            ttft_ms: 60.0,
+        }),
+        ..Decision::default()
+    }
+}
+
+#[test]
+fn a_decision_reads_like_this() {
+    let expected = "\
+request 00000000000000000000000000000abc of 484 tokens of tenant acme, policy perigee: 5 candidates weighed in 0.25 ms; finished, first token after 60.0 ms; times in ms
+    PREFILL    DECODE    SOURCE               QUEUE  PROMOTE  FETCH  COMPUTE  HANDOFF  TTFT   TBT  SCORE  NOTE
+ *  prefill-0  decode-0  store-0 (12 blocks)  -      -        3.2    51.0     2.0      53.0   9.5  91.0   100 new
+    local      decode-1  -                    -      -        -      151.0    2.0      153.0  9.5  191.0  100 new, delays others: +7.5, local prefill too long
+reason: least score: 91.0 ms
+3 candidates with less promise were not kept
+not weighed: decode-2, failed before
+";
+    assert_eq!(explanation(&decision(), false), expected);
+}
+
+#[test]
+fn what_does_not_fit_a_screen_is_asked_for() {
+    let mut decision = decision();
+    let other = candidate("prefill-1", "decode-0", 60.0);
+    decision.candidates.resize(30, other);
+    let short = explanation(&decision, false);
+    assert!(short.contains("18 more candidates: --all shows them"), "{short}");
+    assert!(explanation(&decision, true).lines().count() > 30);
+}
+
+#[test]
+fn a_list_has_a_line_per_decision() {
+    let mut explained = decision();
+    explained.request_id = String::new();
+    explained.tenant = String::new();
+    explained.outcome = None;
+    let table = of_decisions(&[decision(), explained]);
+    let lines: Vec<String> = table.lines().map(|line| line.trim_end().to_owned()).collect();
+    let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(
+        words(&lines[1])[..9],
+        [
+            "00000000000000000000000000000abc",
+            "acme",
+            "484",
+            "prefill-0",
+            "decode-0",
+            "100",
+            "53.0",
+            "60.0",
+            "finished"
+        ]
+    );
+    assert_eq!(words(&lines[2])[..3], ["-", "-", "484"]);
+    assert_eq!(lines.len(), 3);
+}
