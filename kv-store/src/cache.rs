@@ -149,7 +149,9 @@ impl Cache {
 
     /// Whether the node takes anything from peers.
     fn is_open(&self) -> bool {
-        !self.inner.shutdown.is_cancelled() && !self.inner.store.is_quarantined()
+        !self.inner.shutdown.is_cancelled()
+            && !self.inner.store.is_quarantined()
+            && !self.inner.store.is_draining()
     }
 
     fn chain(&self, field: &str, wire: Option<&v1::BlockChain>) -> Result<Vec<BlockHash>, Error> {
