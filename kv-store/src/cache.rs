@@ -336,6 +336,7 @@ impl Cache {
 
     async fn warm(&self, request: &v1::WarmRequest) -> Result<v1::WarmResponse, Error> {
         check_root(&self.inner.store, &request.kv_root)?;
+        self.inner.store.check_takes()?;
         let root = convert::hash("root", &request.root)?;
         let chain = self.chain("chain", request.chain.as_ref())?;
         let store = &self.inner.store;
@@ -516,6 +517,7 @@ impl CacheRpc for Cache {
 
     async fn import(&self, request: Request<Streaming<v1::ImportRequest>>) -> Answer<v1::ImportResponse> {
         let imported = async {
+            self.inner.store.check_takes()?;
             let _permit = self.heavy()?;
             files::import(self, request.into_inner()).await
         };

@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use futures::{Stream, StreamExt, stream};
 use node::registry::{Members, Registration, Registry, RegistryError};
 use node::serve::{self, Server};
-use node::{Channels, Listeners, LoadSource, NodeService, Readiness};
+use node::{Channels, Drainable, Listeners, LoadSource, NodeService, Readiness};
 use proto::status::to_status;
 use proto::v1;
 use proto::v1::decode_server::{Decode, DecodeServer};
