@@ -84,6 +84,45 @@ pub(crate) enum Command {
 pub(crate) enum NodeCommand {
     /// List the nodes with their addresses and load
     List,
+    /// Show all that a node says of itself
+    Show {
+        /// Its name.
+        node: String,
+    },
+    /// Let a node finish what it has and take nothing new, so that it can be stopped
+    Drain(DrainArgs),
+    /// Let a node that was drained take requests again
+    Resume(NodeTarget),
+}
+
+/// A node to talk to.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct NodeTarget {
+    /// Its name.
+    #[arg(required_unless_present = "this", conflicts_with = "this")]
+    pub(crate) node: Option<String>,
+    /// The node of this host or container, found by its own settings (node.listen and node.grpc_port) without a router.
+    #[arg(long = "self")]
+    pub(crate) this: bool,
+    /// With --self: TOML file of the node's settings.
+    #[arg(long, env = "PERIGEE_CONFIG", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+/// Flags of `node drain`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DrainArgs {
+    #[command(flatten)]
+    pub(crate) target: NodeTarget,
+    /// Wait until nothing runs on the node, and its blocks were offered to its peers.
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// Longest wait; the node goes on draining after it.
+    #[arg(long, value_name = "TIME", default_value = "2m")]
+    pub(crate) timeout: Duration,
+    /// Drain also the last decode node of a model. --self never asks who else there is.
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 /// `perigee transfer`.

@@ -9,6 +9,7 @@ mod chat;
 mod check;
 mod demo;
 mod generate;
+mod node_admin;
 mod nodes;
 mod output;
 mod pull;
@@ -25,7 +26,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use types::ErrorCode;
 
-use arguments::{Arguments, Command, ModelCommand, NodeCommand, TransferCommand};
+use arguments::{Arguments, Command, ModelCommand, TransferCommand};
 
 fn main() -> ExitCode {
     // Before there are threads. That there are none is a property of this function, so the result says nothing.
@@ -90,7 +91,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Cache(command) => block_on(cache::run(command, &router, output)),
         Command::Route(command) => block_on(route::run(command, &router, output)),
         Command::Sim(command) => sim::run(command, output),
-        Command::Node(NodeCommand::List) => block_on(status::nodes(&router, output)),
+        Command::Node(command) => block_on(node_admin::run(command, &router, output)),
         Command::Model(ModelCommand::Pull(flags)) => pull::pull(&flags, output),
         Command::Model(ModelCommand::List) => pull::list(output),
         Command::Config(flags) => settings::show(&flags, output),

@@ -30,10 +30,14 @@ pub(crate) fn table(header: &[&str]) -> Table {
 /// Prints a table.
 pub(crate) fn print_table(table: &Table) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    for line in table.lines() {
-        writeln!(out, "{}", line.trim_end())?;
-    }
+    out.write_all(table_text(table).as_bytes())?;
     out.flush()
+}
+
+/// What [`print_table`] prints.
+pub(crate) fn table_text(table: &Table) -> String {
+    let lines = table.lines().map(|line| format!("{}\n", line.trim_end()));
+    lines.collect()
 }
 
 /// Prints one JSON document on one line.

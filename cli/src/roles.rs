@@ -3,6 +3,7 @@
 //! Every role starts in the same steps: settings (a bad one ends it with exit code 64 before anything is bound), logs,
 //! listeners, model, memory, services, registration. It ends in the opposite order: unregister, drain, stop.
 
+mod drain;
 mod workers;
 
 use std::net::SocketAddr;

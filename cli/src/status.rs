@@ -1,6 +1,7 @@
 //! `perigee status` and `perigee node list`: the cluster as a router sees it.
 
 use client::{ClusterStatus, NodeStatus};
+use comfy_table::Table;
 use serde_json::json;
 
 use crate::generate::inference;
@@ -62,10 +63,14 @@ pub(crate) async fn nodes(router: &str, format: Format) -> anyhow::Result<()> {
     if format == Format::Json {
         return output::print_json(&nodes.iter().map(to_json).collect::<Vec<_>>());
     }
+    Ok(output::print_table(&node_table(&nodes))?)
+}
+
+fn node_table(nodes: &[NodeStatus]) -> Table {
     let mut table = output::table(&[
         "NODE", "ROLE", "STATE", "EPOCH", "GRPC", "HTTP", "TRANSFER", "MODEL",
     ]);
-    for node in &nodes {
+    for node in nodes {
         let record = &node.record;
         table.add_row([
             record.id.to_string(),
@@ -78,10 +83,10 @@ pub(crate) async fn nodes(router: &str, format: Format) -> anyhow::Result<()> {
             record.model.clone(),
         ]);
     }
-    Ok(output::print_table(&table)?)
+    table
 }
 
-fn state(node: &NodeStatus) -> &'static str {
+pub(crate) fn state(node: &NodeStatus) -> &'static str {
     match node.load {
         // The router that answers has no stream from itself.
         _ if node.record.role == types::Role::Router => "ready",
@@ -92,7 +97,7 @@ fn state(node: &NodeStatus) -> &'static str {
     }
 }
 
-fn rate(value: f64, show: impl Fn(f64) -> String) -> String {
+pub(crate) fn rate(value: f64, show: impl Fn(f64) -> String) -> String {
     if value > 0.0 { show(value) } else { "-".to_owned() }
 }
 
@@ -103,4 +108,38 @@ fn to_json(node: &NodeStatus) -> serde_json::Value {
         "state": state(node),
         "indexed_blocks": node.indexed_blocks,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use types::{LoadReport, Role};
+
+    use super::*;
+    use crate::node_admin::tests::node;
+
+    #[test]
+    fn nodes_are_listed_with_their_state() {
+        let mut nodes = [
+            node("decode-0", Role::Decode),
+            node("decode-1", Role::Decode),
+            node("prefill-0", Role::Prefill),
+            node("store-0", Role::Store),
+            node("router-0", Role::Router),
+        ];
+        nodes[1].load = Some(LoadReport {
+            draining: true,
+            ..LoadReport::default()
+        });
+        nodes[2].connected = false;
+        nodes[3].load = None;
+        let expected = "\
+ NODE       ROLE     STATE     EPOCH  GRPC         HTTP         TRANSFER           MODEL
+ decode-0   decode   ready     7      decode-0:1   decode-0:2   tcp://decode-0:3   tiny
+ decode-1   decode   draining  7      decode-1:1   decode-1:2   tcp://decode-1:3   tiny
+ prefill-0  prefill  lost      7      prefill-0:1  prefill-0:2  tcp://prefill-0:3  tiny
+ store-0    store    starting  7      store-0:1    store-0:2    tcp://store-0:3    tiny
+ router-0   router   ready     7      router-0:1   router-0:2   tcp://router-0:3   tiny
+";
+        assert_eq!(output::table_text(&node_table(&nodes)), expected);
+    }
 }

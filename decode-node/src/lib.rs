@@ -129,7 +129,7 @@ impl Service {
             () = shutdown.cancelled() => false,
             _ = &mut ended => true,
         };
-        Handle::new(Arc::clone(&shared)).drain();
+        Handle::new(Arc::clone(&shared)).end();
         if !lost && !all_ended(&shared, shared.config.drain_timeout).await {
             tracing::info!(
                 requests = shared.accepted(),

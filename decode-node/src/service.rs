@@ -55,7 +55,17 @@ impl Handle {
 
     /// Refuses new requests from now on. Those that run go on.
     pub fn drain(&self) {
-        self.shared.draining.store(true, Ordering::Relaxed);
+        self.shared.store.set_draining(true);
+    }
+
+    /// Takes requests again after [`Handle::drain`]. A node that ends takes none.
+    pub fn resume(&self) {
+        self.shared.store.set_draining(false);
+    }
+
+    /// Refuses new requests for good.
+    pub(crate) fn end(&self) {
+        self.shared.ending.store(true, Ordering::Relaxed);
     }
 
     /// Requests that were accepted and have not ended.
@@ -123,7 +133,7 @@ impl Handle {
     fn accept(&self, mut wire: v1::DecodeRequest) -> Result<mpsc::Receiver<Message>, Error> {
         let accepted_at = Instant::now();
         let shared = &self.shared;
-        if shared.draining.load(Ordering::Relaxed) {
+        if shared.is_draining() {
             return Err(Error::unavailable(format!("node {} is draining", shared.node_id)));
         }
         let id = convert::request_id(&wire.request_id)?;

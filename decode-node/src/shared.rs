@@ -33,8 +33,8 @@ pub(crate) struct Shared {
     pub(crate) context_tokens: usize,
     /// One permit per accepted request, from its acceptance until its blocks are given back.
     pub(crate) requests: Arc<Semaphore>,
-    /// No new requests.
-    pub(crate) draining: AtomicBool,
+    /// No new requests, since the process ends. The store says whether an operator drained the node.
+    pub(crate) ending: AtomicBool,
     /// Requests that run are to end now.
     pub(crate) stopping: CancellationToken,
     /// Whether a sequence waits for blocks, so that nobody outside of the batch should take any.
@@ -72,7 +72,7 @@ impl Shared {
             metrics: Metrics::register(&metrics),
             context_tokens: model.config().context_tokens_max.min(pool_tokens),
             requests: Arc::new(Semaphore::new(config.requests_max)),
-            draining: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
             stopping: CancellationToken::new(),
             short_of_blocks: watch::Sender::new(false),
             commands,
@@ -139,6 +139,11 @@ impl Shared {
             .expect("nothing panics while it copies numbers")
     }
 
+    /// Whether new requests are refused.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.ending.load(Ordering::Relaxed) || self.store.is_draining()
+    }
+
     /// Requests that were accepted and have not ended.
     pub(crate) fn accepted(&self) -> usize {
         self.config.requests_max - self.requests.available_permits()
@@ -172,7 +177,8 @@ impl Shared {
             decode_step_ms: progress.decode_step_ms.get(),
             transfer_bytes_per_ms: progress.transfer_bytes_per_ms.get(),
             disk_bytes_per_ms: self.store.disk_bytes_per_ms(),
-            draining: self.draining.load(Ordering::Relaxed) || self.store.is_quarantined(),
+            draining: self.is_draining() || self.store.is_quarantined(),
+            drain: None,
         }
     }
 }

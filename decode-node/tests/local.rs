@@ -376,6 +376,10 @@ async fn a_node_that_drains_finishes_what_runs_and_refuses_the_rest() {
     assert_eq!(error.code, ErrorCode::Unavailable);
     assert!(node::LoadSource::load(&node.handle).draining);
     assert_eq!(collect(running).await.unwrap().tokens, expected(&[5; 9], &params));
+    node.handle.resume();
+    assert!(!node::LoadSource::load(&node.handle).draining);
+    let resumed = node.decode(node.request(&[5; 9], &params)).await.unwrap();
+    assert_eq!(resumed.tokens, expected(&[5; 9], &params));
     node.stop().await;
 }
 

@@ -149,7 +149,9 @@ impl Cache {
 
     /// Whether the node takes anything from peers.
     fn is_open(&self) -> bool {
-        !self.inner.shutdown.is_cancelled() && !self.inner.store.is_quarantined()
+        !self.inner.shutdown.is_cancelled()
+            && !self.inner.store.is_quarantined()
+            && !self.inner.store.is_draining()
     }
 
     fn chain(&self, field: &str, wire: Option<&v1::BlockChain>) -> Result<Vec<BlockHash>, Error> {
@@ -334,6 +336,7 @@ impl Cache {
 
     async fn warm(&self, request: &v1::WarmRequest) -> Result<v1::WarmResponse, Error> {
         check_root(&self.inner.store, &request.kv_root)?;
+        self.inner.store.check_takes()?;
         let root = convert::hash("root", &request.root)?;
         let chain = self.chain("chain", request.chain.as_ref())?;
         let store = &self.inner.store;
@@ -514,6 +517,7 @@ impl CacheRpc for Cache {
 
     async fn import(&self, request: Request<Streaming<v1::ImportRequest>>) -> Answer<v1::ImportResponse> {
         let imported = async {
+            self.inner.store.check_takes()?;
             let _permit = self.heavy()?;
             files::import(self, request.into_inner()).await
         };

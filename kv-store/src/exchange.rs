@@ -12,6 +12,7 @@
 //!
 //! Elsewhere: answering (`cache.rs`), verifying (`scrub.rs`).
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -63,6 +64,8 @@ pub struct Exchange {
     grpc_endpoint: String,
     /// Where the next round begins to ask.
     turn: Arc<AtomicUsize>,
+    /// Blocks that the hand-over has not looked at yet.
+    handover_left: Arc<AtomicUsize>,
 }
 
 /// A peer that can be asked.
@@ -86,6 +89,7 @@ impl Exchange {
             members,
             grpc_endpoint,
             turn: Arc::default(),
+            handover_left: Arc::default(),
         }
     }
 
@@ -108,7 +112,13 @@ impl Exchange {
         let mut given = 0;
         // Ends early with what was given so far; an offer that is cut off leaves nothing behind but a lease.
         let _ = timeout_at(deadline, self.give_away(&mut given)).await;
+        self.handover_left.store(0, Ordering::Relaxed);
         given
+    }
+
+    /// Blocks that [`Exchange::hand_over`] has still to offer, while it runs.
+    pub fn handover_left(&self) -> usize {
+        self.handover_left.load(Ordering::Relaxed)
     }
 
     async fn keep_margin(&self) {
@@ -334,12 +344,16 @@ impl Exchange {
     async fn give_away(&self, given: &mut usize) {
         let store = self.cache.store();
         let now = crate::store::now();
-        let leaves: Vec<BlockHash> = {
+        let (leaves, mut left): (Vec<BlockHash>, HashSet<BlockHash>) = {
             let table = store.table();
             let ranked = table.ranked(HANDOVER_BLOCKS_MAX, false, now);
             let leaves = ranked.iter().filter(|block| block.children == 0);
-            leaves.map(|block| block.hash).collect()
+            (
+                leaves.map(|block| block.hash).collect(),
+                ranked.iter().map(|block| block.hash).collect(),
+            )
         };
+        self.handover_left.store(left.len(), Ordering::Relaxed);
         let mut batches = leaves.chunks(CANDIDATES_MAX);
         let mut again = None;
         while let Some(batch) = again.take().or_else(|| batches.next()) {
@@ -391,7 +405,14 @@ impl Exchange {
                 // Bounded by the time for all of it.
                 again = Some(batch);
                 tokio::time::sleep(ROUND_INTERVAL).await;
+                continue;
             }
+            for candidate in &candidates {
+                for hash in &candidate.path.hashes {
+                    left.remove(hash);
+                }
+            }
+            self.handover_left.store(left.len(), Ordering::Relaxed);
         }
     }
 

@@ -167,6 +167,7 @@ impl Service {
 
     fn reserve(&self, request: &v1::ReserveRequest) -> Result<v1::ReserveResponse, Error> {
         check_root(&self.store, &request.kv_root)?;
+        self.store.check_takes()?;
         let parent = convert::hash("parent", &request.parent)?;
         let hashes = self.read_hashes(&request.hashes)?;
         let expires = expiry(request.lease_ttl_ms, self.store.config().reservation_ttl_max)?;

@@ -153,6 +153,7 @@ pub(crate) struct Inner {
     pub(crate) read_ahead_permits: Arc<Semaphore>,
     pub(crate) metrics: Metrics,
     quarantined: AtomicBool,
+    draining: AtomicBool,
     health: Mutex<Health>,
 }
 
@@ -217,6 +218,7 @@ impl Store {
                 read_ahead_permits: Arc::new(Semaphore::new(config.prefetches_max)),
                 metrics,
                 quarantined: AtomicBool::new(false),
+                draining: AtomicBool::new(false),
                 health: Mutex::default(),
                 space,
                 config,

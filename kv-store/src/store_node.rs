@@ -217,7 +217,7 @@ impl LoadSource for StoreNode {
             free_blocks: blocks.free as u64,
             evictable_blocks: blocks.reclaimable as u64,
             disk_bytes_per_ms: self.store.disk_bytes_per_ms(),
-            draining: self.shutdown.is_cancelled() || self.store.is_quarantined(),
+            draining: self.shutdown.is_cancelled() || self.store.is_draining() || self.store.is_quarantined(),
             ..LoadReport::default()
         }
     }

@@ -110,7 +110,7 @@ impl Service {
             session_permits: Arc::new(Semaphore::new(config.sessions_max)),
             jobs: jobs_tx.downgrade(),
             transfer_rate: Mutex::new(TransferRate::default()),
-            draining: CancellationToken::new(),
+            ending: CancellationToken::new(),
             stop: CancellationToken::new(),
             sessions: TaskTracker::new(),
             config,
@@ -152,7 +152,7 @@ impl Service {
             () = shutdown.cancelled() => false,
             _ = &mut engine_alive => true,
         };
-        handle.drain();
+        shared.ending.cancel();
         shared.sessions.close();
         if died {
             shared.stop.cancel();
@@ -198,7 +198,17 @@ impl Handle {
 
     /// Refuses new requests from now on; what runs goes on.
     pub fn drain(&self) {
-        self.shared.draining.cancel();
+        self.shared.store.set_draining(true);
+    }
+
+    /// Takes requests again after [`Handle::drain`]. A node that ends takes none.
+    pub fn resume(&self) {
+        self.shared.store.set_draining(false);
+    }
+
+    /// Requests that were accepted and have not ended.
+    pub fn requests(&self) -> usize {
+        self.shared.sessions.len()
     }
 }
 
@@ -217,7 +227,7 @@ impl Prefill for Handle {
         request: Request<Streaming<v1::PrefillCommand>>,
     ) -> Result<Response<Self::PrefillStream>, Status> {
         let shared = self.shared.clone();
-        if shared.draining.is_cancelled() {
+        if shared.is_draining() {
             return Err(status::to_status(&Error::unavailable(
                 "the prefill node is draining",
             )));

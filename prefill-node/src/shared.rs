@@ -38,8 +38,8 @@ pub(crate) struct Shared {
     /// The strong sender is the service's, so that the engine ends with it.
     pub(crate) jobs: mpsc::WeakSender<Job>,
     pub(crate) metrics: Metrics,
-    /// Nothing new is accepted.
-    pub(crate) draining: CancellationToken,
+    /// Nothing new is accepted, since the process ends. The store says whether an operator drained the node.
+    pub(crate) ending: CancellationToken,
     /// Nothing goes on.
     pub(crate) stop: CancellationToken,
     pub(crate) sessions: TaskTracker,
@@ -90,6 +90,11 @@ impl Shared {
         lock(&self.transfer_rate).observe(bytes, overlap.busy().as_secs_f64() * 1e3);
     }
 
+    /// Whether new requests are refused.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.ending.is_cancelled() || self.store.is_draining()
+    }
+
     pub(crate) fn load(&self) -> LoadReport {
         let (queued_requests, queued_tokens) = {
             let schedule = lock(&self.schedule);
@@ -110,7 +115,8 @@ impl Shared {
             decode_step_ms: 0.0,
             transfer_bytes_per_ms: lock(&self.transfer_rate).bytes_per_ms(),
             disk_bytes_per_ms: self.store.disk_bytes_per_ms(),
-            draining: self.draining.is_cancelled() || self.store.is_quarantined(),
+            draining: self.is_draining() || self.store.is_quarantined(),
+            drain: None,
         }
     }
 

@@ -1,8 +1,8 @@
 //! Wire to domain and back. Everything from the wire is checked here, once, by its receiver.
 
 use types::{
-    BlockEvent, BlockHash, Error, ErrorCode, HostFacts, LoadReport, NodeRecord, Priority, RequestId,
-    SamplingParams, Tier, Token, TokenLogprob,
+    BlockEvent, BlockHash, DrainProgress, Error, ErrorCode, HostFacts, LoadReport, NodeRecord, Priority,
+    RequestId, SamplingParams, Tier, Token, TokenLogprob,
 };
 
 use crate::v1;
@@ -263,6 +263,7 @@ pub fn load_to_wire(report: &LoadReport) -> v1::LoadReport {
         transfer_bytes_per_ms,
         disk_bytes_per_ms,
         draining,
+        drain,
     } = *report;
     v1::LoadReport {
         sequence,
@@ -278,6 +279,11 @@ pub fn load_to_wire(report: &LoadReport) -> v1::LoadReport {
         transfer_bytes_per_ms,
         disk_bytes_per_ms,
         draining,
+        drain: drain.map(|progress| v1::DrainProgress {
+            requests: progress.requests,
+            blocks: progress.blocks,
+            done: progress.done,
+        }),
     }
 }
 
@@ -304,6 +310,11 @@ pub fn load(wire: &v1::LoadReport) -> LoadReport {
         transfer_bytes_per_ms: rate(wire.transfer_bytes_per_ms),
         disk_bytes_per_ms: rate(wire.disk_bytes_per_ms),
         draining: wire.draining,
+        drain: wire.drain.map(|progress| DrainProgress {
+            requests: progress.requests,
+            blocks: progress.blocks,
+            done: progress.done,
+        }),
     }
 }
 

@@ -121,7 +121,7 @@ fn judge_node(node: &Answered) -> Finding {
         Ok(false) => Finding::failed(
             GROUP,
             id,
-            "alive, but takes no requests: it starts or ends",
+            "alive, but takes no requests: it starts, ends or was drained",
             "its /readyz says what it waits for",
         ),
         Err(error) => Finding::failed(

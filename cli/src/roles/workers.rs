@@ -6,13 +6,13 @@ use std::sync::Arc;
 use engine::Model;
 use engine::file::ModelFile;
 use kv_store::store_node::{self, StoreNode};
-use node::registry::Registry;
-use node::{Channels, Listeners, LoadSource, NodeService, task};
+use node::{Channels, Drainable, Listeners, LoadSource, NodeService, task};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use types::{Error, KvSpace, LoadReport, NodeRecord};
+use types::{Error, KvSpace, NodeRecord};
 
 use super::Process;
+use super::drain::{Drain, RouterDrain, Work};
 
 pub(super) async fn store(process: Process, listeners: Listeners) -> anyhow::Result<()> {
     let path = process.model.clone();
@@ -30,16 +30,21 @@ pub(super) async fn store(process: Process, listeners: Listeners) -> anyhow::Res
     .await??;
     let pool = open_pool(&process, space).await?;
     let record = record(&process, &pool, 0);
-    let shutdown = process.shutdown.clone();
-    let admin = NodeService::new(
-        record.clone(),
-        Arc::new(pool.clone()),
-        // Without an engine nothing runs that could be finished: peers that read are served until the process ends.
-        move || tracing::info!("a store has nothing to drain"),
-        shutdown.token(),
-    );
     let (registry, _following) = process.registry().await?;
-    let (exchanging, handed_over) = exchange(&process, &pool, registry.as_ref());
+    let exchange = pool.exchange(registry.watch(), process.grpc_endpoint());
+    // Without an engine nothing runs that could be finished: peers that read are served until the process ends.
+    let work = Work {
+        load: Arc::new(pool.clone()),
+        requests: Box::new(|| 0),
+    };
+    let drain = Drain::new(work, exchange, pool.store().clone(), process.shutdown.token());
+    let admin = admin(
+        &process,
+        &record,
+        Arc::new(drain.clone()),
+        Arc::new(drain.clone()),
+    );
+    let (exchanging, handed_over) = exchanging(&process, drain);
     let serving = process.serve(pool.grpc().add_service(admin.server()), listeners, handed_over);
     let work = async move { tokio::join!(serving, pool.run(), exchanging).0 };
     process.run(registry, record, work).await
@@ -63,13 +68,22 @@ pub(super) async fn prefill(process: Process, listeners: Listeners) -> anyhow::R
         },
     )?;
     let handle = service.handle();
-    let draining = handle.clone();
-    let admin = admin(&process, &record, Arc::new(handle.clone()), move || {
-        draining.drain()
-    });
-    let routes = pool.grpc().add_service(handle.grpc()).add_service(admin.server());
     let (registry, _following) = process.registry().await?;
-    let (exchanging, handed_over) = exchange(&process, &pool, registry.as_ref());
+    let exchange = pool.exchange(registry.watch(), process.grpc_endpoint());
+    let running = handle.clone();
+    let work = Work {
+        load: Arc::new(handle.clone()),
+        requests: Box::new(move || running.requests()),
+    };
+    let drain = Drain::new(work, exchange, pool.store().clone(), process.shutdown.token());
+    let admin = admin(
+        &process,
+        &record,
+        Arc::new(drain.clone()),
+        Arc::new(drain.clone()),
+    );
+    let routes = pool.grpc().add_service(handle.grpc()).add_service(admin.server());
+    let (exchanging, handed_over) = exchanging(&process, drain);
     let serving = process.serve(routes, listeners, handed_over);
     let shutdown = process.shutdown.token();
     let work = async move {
@@ -97,16 +111,25 @@ pub(super) async fn decode(process: Process, listeners: Listeners) -> anyhow::Re
         },
     )?;
     let handle = service.handle();
-    let draining = handle.clone();
-    let admin = admin(&process, &record, Arc::new(handle.clone()), move || {
-        draining.drain()
-    });
+    let (registry, _following) = process.registry().await?;
+    let exchange = pool.exchange(registry.watch(), process.grpc_endpoint());
+    let running = handle.clone();
+    let work = Work {
+        load: Arc::new(handle.clone()),
+        requests: Box::new(move || running.requests()),
+    };
+    let drain = Drain::new(work, exchange, pool.store().clone(), process.shutdown.token());
+    let admin = admin(
+        &process,
+        &record,
+        Arc::new(drain.clone()),
+        Arc::new(drain.clone()),
+    );
     let routes = pool
         .grpc()
         .add_service(handle.server())
         .add_service(admin.server());
-    let (registry, _following) = process.registry().await?;
-    let (exchanging, handed_over) = exchange(&process, &pool, registry.as_ref());
+    let (exchanging, handed_over) = exchanging(&process, drain);
     let serving = process.serve(routes, listeners, handed_over);
     let shutdown = process.shutdown.token();
     let work = async move {
@@ -143,10 +166,12 @@ pub(super) async fn router(process: Process, listeners: Listeners) -> anyhow::Re
     };
     let service = router::Service::new(process.settings.router.clone(), dependencies)
         .map_err(|error| Error::invalid("router", error.to_string()))?;
-    let load: Arc<dyn LoadSource> = Arc::new(RouterLoad(service.handle()));
-    let admin = admin(&process, &record, load, || {
-        tracing::info!("a router drains when it is told to end")
-    });
+    let drain = Arc::new(RouterDrain::new(
+        service.handle(),
+        process.readiness.clone(),
+        process.shutdown.token(),
+    ));
+    let admin = admin(&process, &record, drain.clone(), drain);
     let (serve, shutdown) = (process.settings.node.serve(), process.shutdown.token());
     let work = async move {
         let ran = service
@@ -157,32 +182,18 @@ pub(super) async fn router(process: Process, listeners: Listeners) -> anyhow::Re
     process.run(registry, record, work).await
 }
 
-/// A router's load: its requests.
-struct RouterLoad(router::Handle);
-
-impl LoadSource for RouterLoad {
-    fn load(&self) -> LoadReport {
-        let (running, waiting) = self.0.dispatcher.counts();
-        LoadReport {
-            running_sequences: running as u64,
-            queued_requests: waiting as u64,
-            ..LoadReport::default()
-        }
-    }
-}
-
 /// What the pool does with its peers until the process is told to end, and then gives to them. The token is cancelled once that
 /// is done: until then peers must be able to read from this node.
-fn exchange(
+fn exchanging(
     process: &Process,
-    pool: &StoreNode,
-    registry: &dyn Registry,
+    drain: Drain,
 ) -> (impl Future<Output = ()> + Send + use<>, CancellationToken) {
-    let exchange = pool.exchange(registry.watch(), process.grpc_endpoint());
     let (shutdown, handed_over) = (process.shutdown.token(), CancellationToken::new());
     let done = handed_over.clone().drop_guard();
     let work = async move {
-        exchange.clone().run(shutdown).await;
+        let exchange = drain.exchange().clone();
+        let drained = shutdown.run_until_cancelled(drain.run());
+        tokio::join!(exchange.clone().run(shutdown.clone()), drained);
         let blocks = exchange.hand_over().await;
         tracing::info!(blocks, "gave blocks to the peers");
         drop(done);
@@ -194,7 +205,7 @@ fn admin(
     process: &Process,
     record: &NodeRecord,
     load: Arc<dyn LoadSource>,
-    drain: impl Fn() + Send + Sync + 'static,
+    drain: Arc<dyn Drainable>,
 ) -> NodeService {
     NodeService::new(record.clone(), load, drain, process.shutdown.token())
 }

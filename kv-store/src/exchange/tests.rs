@@ -229,8 +229,24 @@ async fn broken_transfers_and_flipped_bits_never_reach_a_cache() {
 async fn a_node_that_ends_leaves_its_blocks_with_its_peers() {
     let cluster = Cluster::start(3, Faults::default(), Config::default()).await;
     let chains: Vec<_> = (1..=4).map(|seed| cached(&cluster.peers[0], seed, 8)).collect();
-    let given = cluster.exchange(0).hand_over().await;
+    let exchange = cluster.exchange(0);
+    let mut left = Vec::new();
+    let given = {
+        let mut giving = std::pin::pin!(exchange.hand_over());
+        std::future::poll_fn(|context| {
+            let polled = giving.as_mut().poll(context);
+            left.push(exchange.handover_left());
+            polled
+        })
+        .await
+    };
     assert_eq!(given, 4 * 8);
+    assert_eq!(
+        (left.first(), left.last()),
+        (Some(&(4 * 8)), Some(&0)),
+        "{left:?}"
+    );
+    assert!(left.is_sorted_by(|before, after| before >= after), "{left:?}");
     for chain in &chains {
         let held = cluster.peers[1..].iter().map(|peer| held(peer, chain)).max();
         assert_eq!(held, Some(8));

@@ -90,6 +90,7 @@ impl Service {
     }
 
     fn put(&self, call: v1::PutCall, payload_bytes: u64) -> Result<Reply, Error> {
+        self.store.check_takes()?;
         let hashes = self.read_hashes(&call.hashes)?;
         let block_bytes = self.store.layout().block_bytes() as u64;
         if call.checksums.len() != hashes.len() {

@@ -1,9 +1,9 @@
-//! Whether a node's memory can be trusted, and looking at its blocks to find out.
+//! Whether a node takes blocks: whether its memory can be trusted, looking at its blocks to find out, and draining.
 
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use types::{BlockDescriptor, BlockHash};
+use types::{BlockDescriptor, BlockHash, Error};
 
 use super::{Store, now};
 
@@ -11,6 +11,24 @@ impl Store {
     /// Whether this node's memory has changed blocks so often that it neither caches nor gives any. Only a restart ends it.
     pub fn is_quarantined(&self) -> bool {
         self.inner.quarantined.load(Ordering::Relaxed)
+    }
+
+    /// Whether this node was told to take nothing new. What it has is read as ever.
+    pub fn is_draining(&self) -> bool {
+        self.inner.draining.load(Ordering::Relaxed)
+    }
+
+    /// Takes nothing new from writers and peers, or takes it again. The engine's own blocks are cached in either case.
+    pub fn set_draining(&self, draining: bool) {
+        self.inner.draining.store(draining, Ordering::Relaxed);
+    }
+
+    /// Refuses what would bring new blocks to a node that drains.
+    pub(crate) fn check_takes(&self) -> Result<(), Error> {
+        if self.is_draining() {
+            return Err(Error::unavailable("the node is draining and takes no new blocks"));
+        }
+        Ok(())
     }
 
     /// Counts a cached block whose bytes changed, and quarantines the node after too many.

@@ -97,6 +97,18 @@ impl Node {
         call::unary("Node/Drain", self.deadline, client.drain(request)).await?;
         Ok(())
     }
+
+    /// Tells a node that was drained to take requests again.
+    ///
+    /// # Errors
+    ///
+    /// The node cannot be reached in time, ends, or is quarantined.
+    pub async fn resume(&self) -> Result<(), Error> {
+        let mut client = self.client.clone();
+        let request = call::request(v1::ResumeRequest {}, self.deadline);
+        call::unary("Node/Resume", self.deadline, client.resume(request)).await?;
+        Ok(())
+    }
 }
 
 /// Reports of one node.

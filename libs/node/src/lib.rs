@@ -32,5 +32,5 @@ pub use channel::{Channels, channel};
 pub use identity::Identity;
 pub use metrics::Metrics;
 pub use serve::{Listeners, Readiness};
-pub use service::{LoadSource, NodeService};
+pub use service::{Drainable, LoadSource, NodeService};
 pub use shutdown::Shutdown;

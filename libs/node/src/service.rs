@@ -12,7 +12,7 @@ use proto::v1::node_server::{Node, NodeServer};
 use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
-use types::{LoadReport, NodeRecord};
+use types::{Error, LoadReport, NodeRecord};
 
 /// Between two reports where the watcher asks for nothing else. The router adds what it placed itself meanwhile.
 pub const REPORT_INTERVAL: Duration = Duration::from_millis(100);
@@ -27,6 +27,19 @@ pub trait LoadSource: Send + Sync + 'static {
     fn load(&self) -> LoadReport;
 }
 
+/// What `Drain` and `Resume` do.
+pub trait Drainable: Send + Sync + 'static {
+    /// Finishes what runs and takes nothing new. Only starts that, and bears being called again.
+    fn drain(&self);
+
+    /// Takes requests again. A node that was not drained stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// The node does not take requests for another reason than a `Drain`.
+    fn resume(&self) -> Result<(), Error>;
+}
+
 /// The service of one node. Clones are one and the same.
 #[derive(Clone)]
 pub struct NodeService {
@@ -36,7 +49,7 @@ pub struct NodeService {
 struct Shared {
     record: NodeRecord,
     source: Arc<dyn LoadSource>,
-    drain: Box<dyn Fn() + Send + Sync>,
+    drainable: Arc<dyn Drainable>,
     shutdown: CancellationToken,
     /// Shared by all watchers, so that a report's number is unique in the epoch.
     sequence: AtomicU64,
@@ -51,19 +64,18 @@ impl fmt::Debug for NodeService {
 }
 
 impl NodeService {
-    /// A service for the node that `record` describes. `drain` is called for every `Drain`, so it must bear being called
-    /// again; it only starts the draining. Watchers' streams end at `shutdown`, or nothing could drain.
+    /// A service for the node that `record` describes. Watchers' streams end at `shutdown`, or nothing could drain.
     pub fn new(
         record: NodeRecord,
         source: Arc<dyn LoadSource>,
-        drain: impl Fn() + Send + Sync + 'static,
+        drainable: Arc<dyn Drainable>,
         shutdown: CancellationToken,
     ) -> Self {
         Self {
             shared: Arc::new(Shared {
                 record,
                 source,
-                drain: Box::new(drain),
+                drainable,
                 shutdown,
                 sequence: AtomicU64::new(0),
             }),
@@ -104,8 +116,14 @@ impl Node for NodeService {
     }
 
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
-        (self.shared.drain)();
+        self.shared.drainable.drain();
         Ok(Response::new(v1::DrainResponse {}))
+    }
+
+    async fn resume(&self, _: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {
+        let resumed = self.shared.drainable.resume();
+        resumed.map_err(|error| proto::status::to_status(&error))?;
+        Ok(Response::new(v1::ResumeResponse {}))
     }
 }
 

@@ -24,7 +24,7 @@ pub use host::{HostFacts, RdmaDevice, RdmaGid, RdmaPort};
 pub use ids::{BlockId, Epoch, LeaseId, NodeId, RequestId, TransferId};
 pub use latency::{Millis, Slo};
 pub use layout::{KvDtype, KvLayout};
-pub use member::{LoadReport, NodeRecord, Role};
+pub use member::{DrainProgress, LoadReport, NodeRecord, Role};
 pub use memory::{Memory, MemoryKind};
 pub use overload::{Constraint, Overload, Priority};
 pub use sampling::{FinishReason, SamplingParams, TokenLogprob};

@@ -92,4 +92,18 @@ pub struct LoadReport {
     pub disk_bytes_per_ms: f64,
     /// The node finishes what it has and takes nothing new.
     pub draining: bool,
+    /// How far that is, where an operator drained the node. `None` also from nodes that do not say.
+    #[serde(default)]
+    pub drain: Option<DrainProgress>,
+}
+
+/// How far a node is that an operator drained.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainProgress {
+    /// Requests that were accepted and have not ended.
+    pub requests: u64,
+    /// Cached blocks that were not offered to peers yet.
+    pub blocks: u64,
+    /// Nothing runs any more, and peers have what they wanted: the process may end.
+    pub done: bool,
 }

@@ -312,6 +312,8 @@ async fn a_drain_finishes_what_runs_and_refuses_the_rest() {
         node.handle.load().draining
     })
     .await;
+    // Whoever resumes it comes too late.
+    node.handle.resume();
     let channel = node::channel(&node.grpc_endpoint).expect("an endpoint");
     let mut client = v1::prefill_client::PrefillClient::new(channel);
     let refused = client.prefill(tokio_stream::empty()).await.expect_err("refused");

@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use futures::{Stream, StreamExt, stream};
 use node::registry::{Members, Registration, Registry, RegistryError};
 use node::serve::{self, Server};
-use node::{Channels, Listeners, LoadSource, NodeService, Readiness};
+use node::{Channels, Drainable, Listeners, LoadSource, NodeService, Readiness};
 use proto::status::to_status;
 use proto::v1;
 use proto::v1::decode_server::{Decode, DecodeServer};
@@ -85,6 +85,14 @@ struct Scripted {
 
 pub(crate) struct Idle;
 
+impl Drainable for Idle {
+    fn drain(&self) {}
+
+    fn resume(&self) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
 impl LoadSource for Idle {
     fn load(&self) -> LoadReport {
         LoadReport {
@@ -147,7 +155,7 @@ impl FakeNode {
             let listeners = Listeners::bind(&config).await.expect("port 0 is free");
             served.grpc_endpoint = listeners.grpc_address().to_string();
             let (readiness, forever) = (Readiness::new([]), CancellationToken::new());
-            let node = NodeService::new(served, Arc::new(Idle), || {}, forever.clone());
+            let node = NodeService::new(served, Arc::new(Idle), Arc::new(Idle), forever.clone());
             let routes = Routes::new(node.server())
                 .add_service(DecodeServer::from_arc(Arc::clone(&service)))
                 .add_service(KvStoreServer::from_arc(service));

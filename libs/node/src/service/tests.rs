@@ -38,9 +38,20 @@ pub(crate) async fn idle_node() -> IdleNode {
     let listeners = Listeners::bind(&config).await.expect("free ports");
     let address = listeners.grpc_address();
     let shutdown = CancellationToken::new();
+    struct Flag(Arc<AtomicBool>);
+    impl Drainable for Flag {
+        fn drain(&self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+        fn resume(&self) -> Result<(), Error> {
+            match self.0.swap(false, Ordering::SeqCst) {
+                true => Ok(()),
+                false => Err(Error::unavailable("the node ends")),
+            }
+        }
+    }
     let drained = Arc::new(AtomicBool::new(false));
-    let drain = Arc::clone(&drained);
-    let drain = move || drain.store(true, Ordering::SeqCst);
+    let drain = Arc::new(Flag(Arc::clone(&drained)));
     let service = NodeService::new(record(address), Arc::new(Idle), drain, shutdown.clone());
     let server = Server::new(&config, Readiness::new([]), Metrics::new()).grpc(Routes::new(service.server()));
     tokio::spawn(server.run(listeners, shutdown.clone()));
@@ -87,6 +98,13 @@ async fn a_node_says_who_it_is_and_drains_when_told() {
     assert!(!node.drained.load(Ordering::SeqCst));
     client.drain(v1::DrainRequest {}).await.expect("answers");
     assert!(node.drained.load(Ordering::SeqCst));
+    client.resume(v1::ResumeRequest {}).await.expect("answers");
+    assert!(!node.drained.load(Ordering::SeqCst));
+    let refused = client.resume(v1::ResumeRequest {}).await.expect_err("refused");
+    assert_eq!(
+        proto::status::from_status(&refused),
+        Error::unavailable("the node ends")
+    );
 }
 
 #[tokio::test]

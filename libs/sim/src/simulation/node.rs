@@ -185,6 +185,7 @@ impl Node {
             transfer_bytes_per_ms: self.transfer_bytes_per_ms.unwrap_or(0.0),
             disk_bytes_per_ms: 0.0,
             draining: false,
+            drain: None,
         }
     }
 }

@@ -1,0 +1,95 @@
+//! `perigee node`: the cluster's nodes one by one, and taking them out of service.
+//!
+//! A node is named and found through a router, or is the one of this host (`--self`), which is found by its own settings: that works
+//! in a container that is about to end, whatever becomes of the router meanwhile.
+
+mod drain;
+mod show;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use client::{Node, NodeStatus};
+use serde_json::json;
+use types::{Error, ErrorCode};
+
+use crate::arguments::{NodeCommand, NodeTarget, SettingFlags};
+use crate::generate::inference;
+use crate::output::{self, Format};
+use crate::settings::{self, NodeSettings};
+use crate::status;
+
+/// Runs one of the commands.
+pub(crate) async fn run(command: NodeCommand, router: &str, format: Format) -> anyhow::Result<()> {
+    match command {
+        NodeCommand::List => status::nodes(router, format).await,
+        NodeCommand::Show { node } => show::run(&node, router, format).await,
+        NodeCommand::Drain(flags) => drain::run(&flags, router, format).await,
+        NodeCommand::Resume(target) => resume(&target, router, format).await,
+    }
+}
+
+async fn resume(target: &NodeTarget, router: &str, format: Format) -> anyhow::Result<()> {
+    let (node, id) = match &target.node {
+        Some(id) => {
+            let members = members(router).await?;
+            let record = &find(&members, id)?.record;
+            (connect(&record.grpc_endpoint)?, record.id.clone())
+        }
+        None => this_node(target).await?,
+    };
+    node.resume().await?;
+    if format == Format::Json {
+        return output::print_json(&json!({ "node": id, "state": "ready" }));
+    }
+    println!("{id} takes requests");
+    Ok(())
+}
+
+/// The nodes as the router sees them.
+async fn members(router: &str) -> anyhow::Result<Vec<NodeStatus>> {
+    Ok(inference(router)?.cluster_status().await?.nodes)
+}
+
+fn find<'a>(members: &'a [NodeStatus], id: &str) -> Result<&'a NodeStatus, Error> {
+    let found = members.iter().find(|node| node.record.id.as_str() == id);
+    found.ok_or_else(|| {
+        let known: Vec<&str> = members.iter().map(|node| node.record.id.as_str()).collect();
+        let message = format!("no node is named {id}; there are: {}", known.join(", "));
+        Error::new(ErrorCode::NotFound, message)
+    })
+}
+
+fn connect(endpoint: &str) -> Result<Node, Error> {
+    Ok(Node::new(node::channel(endpoint)?))
+}
+
+/// The node whose settings these are, asked for its name.
+async fn this_node(target: &NodeTarget) -> anyhow::Result<(Node, types::NodeId)> {
+    let flags = SettingFlags {
+        config: target.config.clone(),
+        ..SettingFlags::default()
+    };
+    let address = own_address(&settings::load_for_command(&flags)?.value.node)?;
+    let node = connect(&address.to_string())?;
+    let id = node.info().await?.record.id;
+    Ok((node, id))
+}
+
+/// Where a process with these settings is reached from its own host.
+fn own_address(node: &NodeSettings) -> Result<SocketAddr, Error> {
+    if node.grpc_port == 0 {
+        return Err(Error::invalid(
+            "node.grpc_port",
+            "node.grpc_port is 0, so the node took a free port that its settings do not tell: name the node, or set the port",
+        ));
+    }
+    let ip = match node.listen {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    Ok(SocketAddr::new(ip, node.grpc_port))
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

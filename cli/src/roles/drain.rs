@@ -1,0 +1,242 @@
+//! Draining because an operator asks for it (`perigee node drain`), and taking requests again.
+//!
+//! A node that drains refuses what is new, lets what runs go on, and offers its blocks to its peers once nothing runs: only then
+//! it has all that its requests leave behind. It gives its blocks to whoever reads them until the process ends. A router only
+//! stops being ready: clients that have a connection are served until it ends.
+//!
+//! Invariant: a process that ends stays drained, whoever asks for what.
+//!
+//! Elsewhere: refusing (the roles, by [`Store::is_draining`]), the hand-over itself ([`Exchange`]), the end of a process
+//! (`roles.rs`).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use kv_store::{Exchange, Store};
+use node::{Drainable, LoadSource, Readiness};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use types::{DrainProgress, Error, ErrorCode, LoadReport};
+
+/// How often it is looked at whether requests still run. An operator does not notice the difference.
+const REQUESTS_POLL: Duration = Duration::from_millis(20);
+/// A router's condition of readiness.
+const DRAINED: &str = "drained";
+
+/// What a node does.
+pub(super) struct Work {
+    /// How much of it there is.
+    pub(super) load: Arc<dyn LoadSource>,
+    /// Requests that were accepted and have not ended.
+    pub(super) requests: Box<dyn Fn() -> usize + Send + Sync>,
+}
+
+/// Drains a node that has a pool. Clones are one and the same.
+#[derive(Clone)]
+pub(super) struct Drain {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    work: Work,
+    exchange: Exchange,
+    store: Store,
+    shutdown: CancellationToken,
+    stage: watch::Sender<Stage>,
+}
+
+/// Where a node is between `Drain` and `Resume`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Takes requests.
+    Serving,
+    /// Lets what runs end.
+    Finishing,
+    /// Nothing runs; offers blocks to peers.
+    Offering,
+    /// Nothing is left to do.
+    Done,
+}
+
+impl Drain {
+    pub(super) fn new(work: Work, exchange: Exchange, store: Store, shutdown: CancellationToken) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                work,
+                exchange,
+                store,
+                shutdown,
+                stage: watch::Sender::new(Stage::Serving),
+            }),
+        }
+    }
+
+    pub(super) fn exchange(&self) -> &Exchange {
+        &self.shared.exchange
+    }
+
+    /// Does what `Drain` starts, as often as it is asked for. Does not end.
+    pub(super) async fn run(self) {
+        let shared = &self.shared;
+        let mut stage = shared.stage.subscribe();
+        loop {
+            let now = *stage.borrow_and_update();
+            let step = async {
+                match now {
+                    Stage::Serving | Stage::Done => std::future::pending().await,
+                    Stage::Finishing => {
+                        while (shared.work.requests)() > 0 {
+                            tokio::time::sleep(REQUESTS_POLL).await;
+                        }
+                        self.advance(now, Stage::Offering);
+                    }
+                    Stage::Offering => {
+                        let blocks = shared.exchange.hand_over().await;
+                        tracing::info!(blocks, "drained: gave blocks to the peers");
+                        self.advance(now, Stage::Done);
+                    }
+                }
+            };
+            tokio::select! {
+                // What was asked for meanwhile comes first. The sender is held here, so this does not fail.
+                biased;
+                _ = stage.changed() => {}
+                () = step => {}
+            }
+        }
+    }
+
+    /// Unless it was resumed meanwhile.
+    fn advance(&self, from: Stage, to: Stage) {
+        self.shared.stage.send_if_modified(|stage| {
+            let advances = *stage == from;
+            if advances {
+                *stage = to;
+            }
+            advances
+        });
+    }
+}
+
+impl Drainable for Drain {
+    fn drain(&self) {
+        self.shared.stage.send_if_modified(|stage| {
+            let starts = *stage == Stage::Serving;
+            if starts {
+                tracing::info!("draining: takes no new requests");
+                self.shared.store.set_draining(true);
+                *stage = Stage::Finishing;
+            }
+            starts
+        });
+    }
+
+    fn resume(&self) -> Result<(), Error> {
+        check_lives(&self.shared.shutdown)?;
+        if self.shared.store.is_quarantined() {
+            return Err(Error::new(
+                ErrorCode::Conflict,
+                "the node's memory corrupts blocks, so that it is quarantined: replace the memory, and start the node again",
+            ));
+        }
+        self.shared.stage.send_if_modified(|stage| {
+            let resumes = *stage != Stage::Serving;
+            if resumes {
+                tracing::info!("resumed: takes requests again");
+                self.shared.store.set_draining(false);
+                *stage = Stage::Serving;
+            }
+            resumes
+        });
+        Ok(())
+    }
+}
+
+impl LoadSource for Drain {
+    fn load(&self) -> LoadReport {
+        let shared = &self.shared;
+        let load = shared.work.load.load();
+        let stage = *shared.stage.borrow();
+        let requests = (shared.work.requests)() as u64;
+        let blocks = match stage {
+            Stage::Serving => return load,
+            Stage::Finishing => load.evictable_blocks,
+            Stage::Offering => shared.exchange.handover_left() as u64,
+            Stage::Done => 0,
+        };
+        let drain = DrainProgress {
+            requests,
+            blocks,
+            done: stage == Stage::Done && requests == 0,
+        };
+        LoadReport {
+            drain: Some(drain),
+            ..load
+        }
+    }
+}
+
+/// Drains a router.
+pub(super) struct RouterDrain {
+    handle: router::Handle,
+    readiness: Readiness,
+    shutdown: CancellationToken,
+    drained: AtomicBool,
+}
+
+impl RouterDrain {
+    pub(super) fn new(handle: router::Handle, readiness: Readiness, shutdown: CancellationToken) -> Self {
+        Self {
+            handle,
+            readiness,
+            shutdown,
+            drained: AtomicBool::new(false),
+        }
+    }
+}
+
+impl Drainable for RouterDrain {
+    fn drain(&self) {
+        self.drained.store(true, Ordering::Relaxed);
+        self.readiness
+            .miss(DRAINED, "drained by an operator: perigee node resume ends that");
+        tracing::info!("draining: not ready any more, but serves who comes");
+    }
+
+    fn resume(&self) -> Result<(), Error> {
+        check_lives(&self.shutdown)?;
+        self.drained.store(false, Ordering::Relaxed);
+        self.readiness.meet(DRAINED);
+        Ok(())
+    }
+}
+
+impl LoadSource for RouterDrain {
+    /// A router's load: its requests.
+    fn load(&self) -> LoadReport {
+        let (running, waiting) = self.handle.dispatcher.counts();
+        let draining = self.drained.load(Ordering::Relaxed);
+        let requests = (running + waiting) as u64;
+        LoadReport {
+            running_sequences: running as u64,
+            queued_requests: waiting as u64,
+            draining,
+            drain: draining.then_some(DrainProgress {
+                requests,
+                blocks: 0,
+                done: requests == 0,
+            }),
+            ..LoadReport::default()
+        }
+    }
+}
+
+fn check_lives(shutdown: &CancellationToken) -> Result<(), Error> {
+    if shutdown.is_cancelled() {
+        return Err(Error::unavailable(
+            "the process ends, so that it takes requests no more",
+        ));
+    }
+    Ok(())
+}
