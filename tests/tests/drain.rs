@@ -311,7 +311,7 @@ async fn the_last_decode_node_is_drained_by_force_only_and_a_router_serves_on() 
     let mut client = cluster.client().await;
     for first in 0..8 {
         let sampling = v1::Sampling {
-            max_tokens: 1500,
+            max_tokens: Some(1500),
             ignore_eos: true,
             ..v1::Sampling::default()
         };
