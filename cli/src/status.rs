@@ -132,7 +132,7 @@ mod tests {
         });
         nodes[2].connected = false;
         nodes[3].load = None;
-        let expected = "\
+        let expected = "
  NODE       ROLE     STATE     EPOCH  GRPC         HTTP         TRANSFER           MODEL
  decode-0   decode   ready     7      decode-0:1   decode-0:2   tcp://decode-0:3   tiny
  decode-1   decode   draining  7      decode-1:1   decode-1:2   tcp://decode-1:3   tiny
@@ -140,6 +140,6 @@ mod tests {
  store-0    store    starting  7      store-0:1    store-0:2    tcp://store-0:3    tiny
  router-0   router   ready     7      router-0:1   router-0:2   tcp://router-0:3   tiny
 ";
-        assert_eq!(output::table_text(&node_table(&nodes)), expected);
+        assert_eq!(format!("\n{}", output::table_text(&node_table(&nodes))), expected);
     }
 }

@@ -141,7 +141,7 @@ mod tests {
             version: "1.2.3".into(),
         };
         let text = output::table_text(&table(&known, Some(&(info, load))));
-        let expected = "\
+        let expected = "
  NODE           decode-0
  role           decode
  state          draining
@@ -159,7 +159,7 @@ mod tests {
  step           12.2 ms
  drain          3 requests and 12 blocks left
 ";
-        assert_eq!(text, expected);
+        assert_eq!(format!("\n{text}"), expected);
         let silent = output::table_text(&table(&known, None));
         assert!(
             silent.contains("state          ready") && !silent.contains("running"),
