@@ -71,6 +71,9 @@ KNOWN = {
     "kv.object_url": {"type": "string", "pattern": "^((file|s3)://.*)?$"},
     "transfer.ucx": named(TEXT, "^[A-Za-z0-9_]+$"),
     "store.tenants": named(thing(bytes_max=AMOUNT, weight=count(1))),
+    "router.tenants": named(
+        thing(weight=count(1), priority_max=one_of("low", "normal", "high"), ttft_slo=AMOUNT, tbt_slo=AMOUNT)
+    ),
 }
 
 
