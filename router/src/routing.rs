@@ -1,6 +1,7 @@
 //! What the router decided, and why, over gRPC: `perigee.v1.Routing`.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Instant;
 
 use futures::{Stream, stream};
@@ -9,6 +10,7 @@ use proto::status::to_status;
 use proto::v1;
 use proto::v1::explain_request::Input as WireInput;
 use proto::v1::routing_server::{Routing, RoutingServer};
+use tokio::sync::Semaphore;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
@@ -21,19 +23,41 @@ use crate::grpc::messages;
 use crate::placement::{Candidate, Exclusion, Objection};
 use crate::request::{self, Input, MaxTokens};
 
+/// Most decisions in one answer: with 64 candidates each some 5 MiB, well within a message.
+const LISTED_MAX: usize = 256;
+
+/// Answers that are being put together at a time, each on a thread of its own.
+const ANSWERING_MAX: usize = 2;
+
 /// The service.
 #[derive(Debug, Clone)]
 pub(crate) struct Service {
     dispatcher: Dispatcher,
     /// Ends what is watched, which would end by nothing else.
     shutdown: CancellationToken,
+    answering: Arc<Semaphore>,
 }
 
 impl Service {
     pub(crate) fn server(dispatcher: Dispatcher, shutdown: CancellationToken) -> RoutingServer<Self> {
-        RoutingServer::new(Self { dispatcher, shutdown })
+        let service = Self {
+            dispatcher,
+            shutdown,
+            answering: Arc::new(Semaphore::new(ANSWERING_MAX)),
+        };
+        RoutingServer::new(service)
             .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
             .max_encoding_message_size(proto::MESSAGE_BYTES_MAX)
+    }
+
+    /// Does `work` beside the runtime, which thousands of candidates would hold up for milliseconds.
+    async fn answer<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Status> {
+        let _answering = self.answering.acquire().await;
+        let answer = node::task::blocking("perigee-explain", work).await;
+        answer.map_err(|error| to_status(&error))
     }
 }
 
@@ -51,7 +75,8 @@ impl Routing for Service {
         let decision = self
             .dispatcher
             .explain(request.map_err(|error| to_status(&error))?);
-        let decision = to_wire(0, &decision.await?, None);
+        let decision = decision.await?;
+        let decision = self.answer(move || to_wire(0, &decision, None)).await?;
         Ok(Response::new(v1::ExplainResponse {
             decision: Some(decision),
         }))
@@ -67,14 +92,15 @@ impl Routing for Service {
             text => Some(convert::request_id(text).map_err(|error| to_status(&error))?),
         };
         let count = match count {
-            0 => usize::MAX,
-            count => count as usize,
+            0 => LISTED_MAX,
+            count => LISTED_MAX.min(count as usize),
         };
         let kept = self.dispatcher.recorder().newest(id, count);
         if let Some(id) = id.filter(|_| kept.is_empty()) {
             return Err(to_status(&unknown(id, self.dispatcher.config().decisions_kept)));
         }
-        let decisions = kept.iter().map(kept_to_wire).collect();
+        let decisions = self.answer(move || kept.iter().map(kept_to_wire).collect());
+        let decisions = decisions.await?;
         Ok(Response::new(v1::ListDecisionsResponse { decisions }))
     }
 

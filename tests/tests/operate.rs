@@ -387,8 +387,14 @@ fn a_check_without_a_cluster_judges_the_machine_and_the_settings() {
 fn a_request_is_explained_by_the_numbers_that_it_was_placed_by() {
     let folder = tempfile::tempdir().expect("folder");
     let local_max = "router.local_prefill_tokens_max=0";
-    let arguments = ["--prefill", "2", "--decode", "2", "--set", local_max];
-    let cluster = Cluster::start(&tiny(folder.path()), &arguments);
+    let nodes = ["--prefill", "2", "--decode", "2", "--set", local_max];
+    let log = [
+        "--set",
+        "log.filter=info,router=debug",
+        "--set",
+        "log.format=json",
+    ];
+    let cluster = Cluster::start(&tiny(folder.path()), &[&nodes[..], &log].concat());
     let router = cluster.ready.grpc.trim_start_matches("http://");
     let ask = |arguments: &[&str]| {
         let rest = ["-o", "json", "--router", router];
@@ -412,8 +418,43 @@ fn a_request_is_explained_by_the_numbers_that_it_was_placed_by() {
     assert!(!explained["reason"].as_str().expect("text").is_empty());
     let id = explained["request_id"].as_str().expect("an id");
     assert_eq!(ask(&["route", "explain", "--request", id]), explained);
+    let logged = wait_for("the placement in the log", || {
+        placement_logged(&cluster.up.log(), id)
+    });
+    for term in [
+        "queue_ms",
+        "promote_ms",
+        "fetch_ms",
+        "compute_ms",
+        "handoff_ms",
+        "ttft_ms",
+        "tbt_ms",
+        "interference_charge_ms",
+        "gap_charge_ms",
+        "score_ms",
+        "new_tokens",
+    ] {
+        assert!(
+            (number(&logged[term]) - number(&choice[term])).abs() < 1e-9,
+            "{term}: {logged}"
+        );
+    }
+    assert_eq!(logged["prefill"], choice["prefill_node"]);
+    assert_eq!(logged["decode"], choice["decode_node"]);
 
     let unknown = ["route", "explain", "--router", router, "--request"];
     let (code, _) = run_to_end(&[&unknown[..], &["0123456789abcdef0123456789abcdef"]].concat());
     assert_eq!(code, i32::from(ErrorCode::NotFound.exit()));
+}
+
+/// What the router logged when it placed the request.
+fn placement_logged(log: &str, request_id: &str) -> Option<Value> {
+    let events = log.lines().filter_map(|line| {
+        // The supervisor puts the node's name before each line.
+        let event = &line[line.find('{')?..];
+        serde_json::from_str::<Value>(event).ok()
+    });
+    events
+        .into_iter()
+        .find(|event| event["message"] == "placed" && event["request_id"] == request_id)
 }

@@ -57,7 +57,7 @@ impl Routing {
         checked(METHOD, response.decision)
     }
 
-    /// The last decisions, newest first: at most `count`, or all that are kept. Of `request` only, if it is named.
+    /// The last decisions, newest first: at most `count`, or 256, which an answer never exceeds. Of `request` only, if it is named.
     ///
     /// # Errors
     ///

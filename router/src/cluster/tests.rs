@@ -70,7 +70,11 @@ fn report() -> LoadReport {
 }
 
 fn place(cluster: &mut Cluster, failed: &BTreeMap<NodeId, Epoch>) -> Result<Assignment, NoPlacement> {
-    let query = Query {
+    with_query(failed, |query| cluster.place(&space(), query, Instant::now()))
+}
+
+fn with_query<T>(failed: &BTreeMap<NodeId, Epoch>, ask: impl FnOnce(&Query<'_>) -> T) -> T {
+    ask(&Query {
         hashes: &[],
         key: BlockHash::default(),
         prompt_tokens: 5,
@@ -82,8 +86,7 @@ fn place(cluster: &mut Cluster, failed: &BTreeMap<NodeId, Epoch>) -> Result<Assi
             tokens_max: 100,
         },
         draw: 0,
-    };
-    cluster.place(&space(), &query, Instant::now())
+    })
 }
 
 #[test]
@@ -104,6 +107,43 @@ fn a_member_takes_requests_from_its_first_report_until_its_stream_breaks() {
         "it is still a member"
     );
     assert!(place(&mut cluster, &BTreeMap::new()).is_err());
+}
+
+#[test]
+fn an_explanation_is_of_the_next_placement_and_changes_nothing() {
+    for name in PolicyName::ALL {
+        let mut cluster = Cluster::new(
+            "m",
+            "d",
+            1000,
+            Priors::default(),
+            name.build(),
+            Settings::default(),
+        );
+        let nodes = [
+            record("d0", Role::Decode, 1),
+            record("d1", Role::Decode, 1),
+            record("p0", Role::Prefill, 1),
+            record("p1", Role::Prefill, 1),
+            record("p2", Role::Prefill, 1),
+        ];
+        cluster.registry(&members(&nodes));
+        let now = Instant::now();
+        for node in &nodes {
+            cluster.reported(&node.id, Epoch(1), report(), now);
+        }
+        let nobody = BTreeMap::new();
+        for turn in 0..7 {
+            let explained = with_query(&nobody, |query| {
+                [(); 3].map(|()| cluster.explain(&space(), query, now).expect("it reports"))
+            });
+            let placed =
+                with_query(&nobody, |query| cluster.place(&space(), query, now)).expect("it reports");
+            for explained in &explained {
+                assert_eq!(*explained, placed.explanation, "{name:?}, placement {turn}");
+            }
+        }
+    }
 }
 
 #[test]

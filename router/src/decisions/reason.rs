@@ -42,10 +42,11 @@ fn least_score(decision: &Decision) -> String {
     let (name, ahead) = (pair(next), Millis(next.score.0 - choice.score.0));
     if next.objection > choice.objection {
         let objection = next.objection.map_or("is worse", against);
-        return format!(
-            "the only candidate without that objection: {}; {name} {objection}",
-            choice.score
-        );
+        let first = match choice.objection {
+            None => "the only candidate with nothing against it",
+            Some(_) => "the candidate with the least against it",
+        };
+        return format!("{first}: {}; {name} {objection}", choice.score);
     }
     if ahead.0.abs() <= decision.tie.0 {
         return format!(

@@ -82,7 +82,27 @@ fn what_speaks_against_the_choice_is_said() {
     let text = of("perigee", vec![candidate(Some("p0"), "d0", 90.0), late("p1")]);
     assert_eq!(
         text,
-        "the only candidate without that objection: 90.0 ms; p1 → d0 misses the limit on the time to first token"
+        "the only candidate with nothing against it: 90.0 ms; p1 → d0 misses the limit on the time to first token"
+    );
+}
+
+#[test]
+fn the_lesser_objection_is_the_reason_where_everything_has_one() {
+    let bad = |prefill, objection| Candidate {
+        objection: Some(objection),
+        ..candidate(Some(prefill), "d0", 50.0)
+    };
+    let text = of(
+        "perigee",
+        vec![
+            bad("p0", Objection::MissesTtft),
+            bad("p1", Objection::ShortOfBlocks),
+        ],
+    );
+    assert_eq!(
+        text,
+        "the candidate with the least against it: 50.0 ms; p1 → d0 is short of free blocks; \
+         although it misses the limit on the time to first token, as nothing better is left"
     );
 }
 
