@@ -55,17 +55,22 @@ impl Metrics {
         let gauge = |suffix: &str, help: &str| metrics.register(&name(suffix), help, Gauge::default());
         let histogram =
             |suffix: &str, help: &str, buckets: &[f64]| metrics.histogram(&name(suffix), help, buckets);
+        let rejections: Family<Bound, Counter> = metrics.register(
+            &name("rejections"),
+            "Requests that were turned away, by what there was too little of",
+            Family::default(),
+        );
+        // Shown from the start, so that the first rejection is an increase.
+        for constraint in Constraint::ALL.map(Constraint::as_str) {
+            rejections.get_or_create(&Bound { constraint });
+        }
         Self {
             requests: metrics.register(
                 &name("requests"),
                 "Requests that ended, by code",
                 Family::default(),
             ),
-            rejections: metrics.register(
-                &name("rejections"),
-                "Requests that were turned away, by what there was too little of",
-                Family::default(),
-            ),
+            rejections,
             ttft: histogram(
                 "time_to_first_token_seconds",
                 "Arrival to first token",
