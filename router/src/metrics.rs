@@ -62,7 +62,7 @@ impl Metrics {
         );
         // Shown from the start, so that the first rejection is an increase.
         for constraint in Constraint::ALL.map(Constraint::as_str) {
-            rejections.get_or_create(&Bound { constraint });
+            drop(rejections.get_or_create(&Bound { constraint }));
         }
         Self {
             requests: metrics.register(
