@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use types::{Millis, Priority, Slo};
 
+use crate::placement::{Candidate, DecodeLoad};
 use queue::{Bounds, Pushed, Queue};
 pub use rejection::Rejection;
 
@@ -109,6 +110,16 @@ pub struct Forecast {
     pub tbt: Option<Millis>,
 }
 
+impl Forecast {
+    /// Of a request that would be served so.
+    pub fn of(choice: &Candidate, decode_load: DecodeLoad) -> Self {
+        Self {
+            ttft: choice.prediction.total,
+            tbt: (decode_load != DecodeLoad::Unjudged).then_some(choice.tbt),
+        }
+    }
+}
+
 /// Service time assumed before any request ended, in milliseconds.
 const SERVICE_MS_PRIOR: f64 = 1_000.0;
 
@@ -152,7 +163,6 @@ impl Admission {
             self.start(arrival.ticket, arrival.prompt_tokens, now);
             return Outcome::Run;
         }
-        let ahead = self.waiting.ahead_of(arrival);
         match self.waiting.push(arrival, self.bounds()) {
             Pushed::Waits(displaced) => {
                 let (waiting, wait) = (self.waiting.len(), self.turn(self.waiting.len()));
@@ -161,7 +171,7 @@ impl Admission {
             }
             Pushed::Full => Outcome::Reject(Rejection::QueueFull {
                 waiting: self.waiting.len(),
-                wait: self.turn(ahead),
+                wait: self.turn(self.waiting.ahead_of(arrival)),
             }),
         }
     }

@@ -66,12 +66,13 @@ impl RequestError {
 
     /// The form in which it leaves.
     pub fn to_error(&self) -> Error {
+        let (retry_after_ms, overload) = self.shortage();
         Error {
             code: self.code(),
             message: self.to_string(),
             param: self.param().map(str::to_owned),
-            retry_after_ms: self.retry_after_ms(),
-            overload: self.overload(),
+            retry_after_ms,
+            overload,
         }
     }
 
@@ -85,29 +86,17 @@ impl RequestError {
         }
     }
 
-    fn overload(&self) -> Option<Overload> {
+    /// When a new try has a chance, and what there was too little of.
+    fn shortage(&self) -> (Option<u64>, Option<Overload>) {
         match self {
-            Self::Rejected(rejection) => Some(rejection.overload()),
-            Self::Node(error) => error.overload,
+            Self::Rejected(rejection) => (Some(rejection.retry_after_ms()), Some(rejection.overload())),
+            Self::Node(error) => (error.retry_after_ms, error.overload),
             Self::Parameter(_)
             | Self::UnknownModel { .. }
             | Self::ContextLength { .. }
             | Self::NoPlacement(_)
             | Self::Deadline { .. }
-            | Self::Internal(_) => None,
-        }
-    }
-
-    fn retry_after_ms(&self) -> Option<u64> {
-        match self {
-            Self::Rejected(rejection) => Some(rejection.retry_after_ms()),
-            Self::Node(error) => error.retry_after_ms,
-            Self::Parameter(_)
-            | Self::UnknownModel { .. }
-            | Self::ContextLength { .. }
-            | Self::NoPlacement(_)
-            | Self::Deadline { .. }
-            | Self::Internal(_) => None,
+            | Self::Internal(_) => (None, None),
         }
     }
 }

@@ -154,12 +154,7 @@ fn read(
         text => convert::request_id(text)?,
     };
     let input = match input {
-        None => {
-            return Err(Error::invalid(
-                "input",
-                "one of prompt, tokens and chat is needed",
-            ));
-        }
+        None => return Err(no_input()),
         Some(WireInput::Prompt(text)) => Input::Text(text),
         Some(WireInput::Tokens(tokens)) => Input::Tokens(tokens.ids),
         Some(WireInput::Chat(chat)) => Input::Chat(messages(chat.messages)?),
@@ -171,22 +166,32 @@ fn read(
     let seed = given.seed.unwrap_or_else(|| dispatcher.seed());
     let mut sampling = convert::sampling(Some(given))?;
     sampling.seed = seed;
-    let limit = |ms: f64| (ms != 0.0).then_some(Millis(ms));
     Ok(request::Request {
         id,
         model,
         input,
         sampling,
         max_tokens,
-        slo: Slo {
-            ttft: limit(ttft_slo_ms),
-            tbt: limit(tbt_slo_ms),
-        },
+        slo: slo(ttft_slo_ms, tbt_slo_ms),
         tenant,
         priority: convert::priority(&priority)?,
         received,
         time_limit,
     })
+}
+
+/// A request or question without a prompt.
+pub(crate) fn no_input() -> Error {
+    Error::invalid("input", "one of prompt, tokens and chat is needed")
+}
+
+/// Limits in milliseconds, of which 0 is none.
+pub(crate) fn slo(ttft_ms: f64, tbt_ms: f64) -> Slo {
+    let limit = |ms: f64| (ms != 0.0).then_some(Millis(ms));
+    Slo {
+        ttft: limit(ttft_ms),
+        tbt: limit(tbt_ms),
+    }
 }
 
 pub(crate) fn messages(wire: Vec<v1::ChatMessage>) -> Result<Vec<serde_json::Value>, Error> {

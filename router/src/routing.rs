@@ -15,11 +15,11 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
-use types::{Error, ErrorCode, Millis, Priority, RequestId, SamplingParams, Slo};
+use types::{Error, ErrorCode, Priority, RequestId, SamplingParams};
 
 use crate::decisions::{Decision, Ending, Kept, Outcome, reason};
 use crate::dispatch::Dispatcher;
-use crate::grpc::messages;
+use crate::grpc::{messages, no_input, slo};
 use crate::placement::{Candidate, Exclusion, Objection};
 use crate::request::{self, Input, MaxTokens};
 
@@ -159,27 +159,18 @@ fn read(
         tenant,
     } = wire;
     let input = match input {
-        None => {
-            return Err(Error::invalid(
-                "input",
-                "one of prompt, tokens and chat is needed",
-            ));
-        }
+        None => return Err(no_input()),
         Some(WireInput::Prompt(text)) => Input::Text(text),
         Some(WireInput::Tokens(tokens)) => Input::Tokens(tokens.ids),
         Some(WireInput::Chat(chat)) => Input::Chat(messages(chat.messages)?),
     };
-    let limit = |ms: f64| (ms != 0.0).then_some(Millis(ms));
     Ok(request::Request {
         id: dispatcher.request_id(),
         model,
         input,
         sampling: SamplingParams::default(),
         max_tokens: MaxTokens::Context,
-        slo: Slo {
-            ttft: limit(ttft_slo_ms),
-            tbt: limit(tbt_slo_ms),
-        },
+        slo: slo(ttft_slo_ms, tbt_slo_ms),
         tenant,
         priority: Priority::default(),
         received,

@@ -34,7 +34,6 @@ use router::admission::{self, Admission, Forecast};
 use router::cluster::Query;
 use router::cost::PlacementId;
 use router::members::REPORT_INTERVAL;
-use router::placement::DecodeLoad;
 use router::residents::Answer;
 use types::{Epoch, KvSpace, Millis, NodeId, NodeRecord, Priority, Role, Slo};
 
@@ -402,11 +401,7 @@ impl<'a> Simulation<'a> {
         let choice = assignment.explanation.choice().clone();
         if state.served.placements == 0 {
             let waited = Duration::from_nanos(ns(waited_ms));
-            let judged = self.scenario.router.decode_load != DecodeLoad::Unjudged;
-            let forecast = Forecast {
-                ttft: choice.prediction.total,
-                tbt: judged.then_some(choice.tbt),
-            };
+            let forecast = Forecast::of(&choice, self.scenario.router.decode_load);
             if Admission::judge(forecast, waited, asked).is_err() {
                 router.ended(assignment.id, None);
                 return self.end(request, Outcome::Rejected);

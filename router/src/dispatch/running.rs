@@ -16,7 +16,7 @@ use crate::cluster::{Assignment, Query};
 use crate::decisions::{Ending, Subject};
 use crate::error::RequestError;
 use crate::gate::Permit;
-use crate::placement::{Candidate, DecodeLoad, NoPlacement};
+use crate::placement::{Candidate, NoPlacement};
 use crate::request::{self, Prepared};
 use crate::residents::Answer;
 
@@ -151,11 +151,11 @@ impl Running {
             let placed = Placed::new(assignment.id, self.shared.cluster.clone());
             let choice = assignment.explanation.choice();
             self.log(choice);
-            let (predicted, gap) = (choice.prediction.total, choice.tbt);
+            let forecast = Forecast::of(choice, self.shared.config.decode_load);
             let request = decode_request(&assignment, space.root(), &self.request, &self.generated);
             let recorder = &self.shared.recorder;
             self.decision = Some(recorder.record(subject, assignment.explanation));
-            self.judge(predicted, gap)?;
+            self.judge(forecast)?;
             self.placements += 1;
             let nodes = Nodes {
                 decode: assignment.decode,
@@ -214,16 +214,11 @@ impl Running {
 
     /// Holds the first placement's prediction against what the request allows. A request that runs is not judged again: it
     /// was promised an answer.
-    fn judge(&mut self, predicted: Millis, gap: Millis) -> Result<(), RequestError> {
+    fn judge(&mut self, forecast: Forecast) -> Result<(), RequestError> {
         if self.predicted.is_none() {
-            let judged = self.shared.config.decode_load != DecodeLoad::Unjudged;
             let waited = self.request.received.elapsed();
-            let forecast = Forecast {
-                ttft: predicted,
-                tbt: judged.then_some(gap),
-            };
             Admission::judge(forecast, waited, self.request.terms.slo)?;
-            self.predicted = Some((predicted, Instant::now()));
+            self.predicted = Some((forecast.ttft, Instant::now()));
         }
         Ok(())
     }
