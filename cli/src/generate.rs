@@ -102,6 +102,7 @@ fn report_json(report: &v1::RequestReport) -> Value {
         "fetched_bytes": report.fetched_bytes,
         "handoff_bytes": report.handoff_bytes,
         "transport": report.transport,
+        "fetch_ms": report.fetch_ms,
         "queue_ms": report.queue_ms,
         "prefill_ms": report.prefill_ms,
         "handoff_hidden_ms": report.handoff_hidden_ms,

@@ -25,7 +25,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use engine::{Engine, Model};
-use kv_store::Store;
+use kv_store::{SequenceBlocks, Store};
 use node::{Channels, Identity, Metrics};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -83,7 +83,7 @@ impl Service {
         config.validate()?;
         let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let threads = config.threads.unwrap_or_else(cores);
-        let engine = Engine::new(
+        let mut engine = Engine::new(
             deps.model.clone(),
             deps.store.memory(),
             deps.store.layout(),
@@ -92,6 +92,7 @@ impl Service {
         // A place for every request that is accepted, and one for the end.
         let (commands_tx, commands) = mpsc::sync_channel(config.requests_max + 1);
         let shared = Arc::new(Shared::new(config, deps, commands_tx));
+        calibrate(&mut engine, &shared);
         Ok(Self {
             shared,
             engine,
@@ -148,6 +149,30 @@ impl Service {
             Ok(()) if !lost => Ok(()),
             Ok(()) | Err(_) => Err(Error::internal("the engine's thread ended before its time")),
         }
+    }
+}
+
+/// Measures how fast the engine is before the first request. A pool without room says nothing, and the first steps will.
+fn calibrate(engine: &mut Engine, shared: &Shared) {
+    let store = &shared.store;
+    let mut scratch = SequenceBlocks::begin(store, "", &[]);
+    let tokens = engine::CALIBRATION_TOKENS.min(store.capacity() / 2 * store.layout().block_tokens);
+    if scratch.grow_to(tokens).is_err() {
+        return;
+    }
+    let ms = |took: Duration| took.as_secs_f64() * 1e3;
+    match engine.calibrate(scratch.block_ids()) {
+        Ok(None) => {}
+        Ok(Some(calibration)) => {
+            let mut progress = shared.progress();
+            progress.decode_step_ms.observe(ms(calibration.decode_step));
+            for (positions, took) in calibration.prompts {
+                let tokens = positions.len() as f64;
+                let context = (positions.start + positions.end) as f64 / 2000.0;
+                progress.prefill.observe(tokens, tokens * context, ms(took));
+            }
+        }
+        Err(error) => tracing::warn!(%error, "the engine's speed could not be measured"),
     }
 }
 

@@ -263,6 +263,7 @@ impl<'a> Running<'a> {
         } else {
             told.transport.clone()
         };
+        report.fetch_ms = told.fetch_ms;
         report.queue_ms = ms(landed.started_at.duration_since(self.accepted_at));
         report.prefill_ms = told.prefill_ms;
         report.handoff_hidden_ms = told.handoff_hidden_ms;
@@ -299,11 +300,13 @@ impl<'a> Running<'a> {
             sources: &sources,
             deadline: self.watch.deadline,
         };
+        let began = Instant::now();
         let fetched = self
             .watch
             .guard(kv_store::fetch_prefix(store, &self.shared.channels, fetch))
             .await?;
         self.report.fetched_bytes = fetched.bytes;
+        self.report.fetch_ms = ms(began.elapsed());
         Ok(())
     }
 

@@ -7,6 +7,7 @@
 //! ([`crate::session`]).
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use engine::sampler::Sampled;
 use kv_store::{SequenceBlocks, Store};
@@ -29,6 +30,7 @@ use crate::shared::{Admitted, Shared};
 pub(crate) struct Prepared {
     pub(crate) blocks: SequenceBlocks,
     pub(crate) fetched_bytes: u64,
+    pub(crate) fetch_time: Duration,
 }
 
 /// See the module documentation. Fields are dropped in this order: first nothing reads our blocks any more, then the
@@ -48,6 +50,7 @@ pub(crate) struct Handover<'a> {
     transfer_id: u64,
     cached_tokens: usize,
     fetched_bytes: u64,
+    fetch_time: Duration,
     arrived: Instant,
     started: Option<Instant>,
     computed: Option<(Instant, Sampled)>,
@@ -65,6 +68,7 @@ impl<'a> Handover<'a> {
         let Prepared {
             blocks,
             fetched_bytes,
+            fetch_time,
         } = prepared;
         let ids: Arc<[BlockId]> = blocks.block_ids().into();
         let cached_tokens = blocks.cached_tokens();
@@ -104,6 +108,7 @@ impl<'a> Handover<'a> {
             transfer_id: 0,
             cached_tokens,
             fetched_bytes,
+            fetch_time,
             arrived,
             started: None,
             computed: None,
@@ -257,7 +262,7 @@ impl<'a> Handover<'a> {
         let started = self.started.unwrap_or(computed_at);
         let overlap = &self.pusher.overlap;
         self.shared.observe_handoff(overlap, self.pusher.pushed_bytes);
-        let ms = |duration: std::time::Duration| duration.as_secs_f64() * 1e3;
+        let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
         let tokenizer = self.shared.model.tokenizer();
         peer.send(Event::Landed(v1::PrefillLanded {
             transfer_id: self.transfer_id,
@@ -269,6 +274,7 @@ impl<'a> Handover<'a> {
             cached_tokens: self.cached_tokens as u64,
             fetched_bytes: self.fetched_bytes,
             handoff_bytes: self.pusher.pushed_bytes,
+            fetch_ms: ms(self.fetch_time),
             queue_ms: ms(started - self.arrived),
             prefill_ms: ms(computed_at - started),
             handoff_hidden_ms: ms(overlap.hidden()),
@@ -337,7 +343,7 @@ async fn next_progress(progress: &mut Option<mpsc::Receiver<Progress>>) -> Optio
 pub(crate) async fn prepare(shared: &Shared, prompt: &Prompt, deadline: Instant) -> Prepared {
     let store: &Store = &shared.store;
     let mut blocks = SequenceBlocks::begin(store, &prompt.tenant, &prompt.tokens);
-    let mut fetched_bytes = 0;
+    let (mut fetched_bytes, mut fetch_time) = (0, Duration::ZERO);
     let has_source = !prompt.sources.is_empty() || store.has_lower_tiers();
     if blocks.shared_blocks() < blocks.chain().len() && has_source {
         let fetch = kv_store::Fetch {
@@ -348,8 +354,9 @@ pub(crate) async fn prepare(shared: &Shared, prompt: &Prompt, deadline: Instant)
             sources: &prompt.sources,
             deadline: deadline.min(Instant::now() + shared.config.fetch_timeout),
         };
+        let began = Instant::now();
         let outcome = kv_store::fetch_prefix(store, &shared.channels, fetch).await;
-        fetched_bytes = outcome.bytes;
+        (fetched_bytes, fetch_time) = (outcome.bytes, began.elapsed());
         blocks.extend_cached(outcome.blocks);
     }
     while let Err(short) = blocks.grow_to(prompt.tokens.len()) {
@@ -359,5 +366,6 @@ pub(crate) async fn prepare(shared: &Shared, prompt: &Prompt, deadline: Instant)
     Prepared {
         blocks,
         fetched_bytes,
+        fetch_time,
     }
 }

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex};
 
 use engine::{Engine, Model};
-use kv_store::Store;
+use kv_store::{SequenceBlocks, Store};
 use node::task::{self, OnEnd};
 use node::{Channels, Identity, LoadSource};
 use proto::v1::prefill_server::{Prefill, PrefillServer};
@@ -76,7 +76,7 @@ impl Service {
         } = deps;
         let layout = store.layout();
         let threads = config.threads.unwrap_or_else(all_cores);
-        let engine = Engine::new(model.clone(), store.memory(), layout, threads)?;
+        let mut engine = Engine::new(model.clone(), store.memory(), layout, threads)?;
         let metrics = Metrics::register(&metrics);
         let schedule = Arc::new(Mutex::new(Schedule::new(Limits {
             requests_max: config.queue_requests_max,
@@ -85,7 +85,7 @@ impl Service {
             step_sequences_max: config.step_sequences_max,
             block_tokens: layout.block_tokens,
         })));
-        let step_rate = Arc::new(Mutex::new(StepRate::default()));
+        let step_rate = Arc::new(Mutex::new(calibrated(&mut engine, &store)));
         let (jobs_tx, jobs_rx) = mpsc::channel(config.queue_requests_max);
         let engine_loop = EngineLoop {
             engine,
@@ -186,6 +186,25 @@ impl Service {
         }
         Ok(())
     }
+}
+
+/// What the engine's speed is before the first request. A pool without room says nothing, and the first steps will.
+fn calibrated(engine: &mut Engine, store: &Store) -> StepRate {
+    let mut rate = StepRate::default();
+    let mut scratch = SequenceBlocks::begin(store, "", &[]);
+    let tokens = engine::CALIBRATION_TOKENS.min(store.capacity() / 2 * store.layout().block_tokens);
+    if scratch.grow_to(tokens).is_err() {
+        return rate;
+    }
+    match engine.calibrate(scratch.block_ids()) {
+        Ok(calibration) => {
+            for (positions, took) in calibration.iter().flat_map(|calibration| &calibration.prompts) {
+                rate.observe([positions].into_iter(), took.as_secs_f64() * 1e3);
+            }
+        }
+        Err(error) => tracing::warn!(%error, "the engine's speed could not be measured"),
+    }
+    rate
 }
 
 impl Handle {

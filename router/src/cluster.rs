@@ -16,6 +16,7 @@ use kv_store::follower::Applied;
 use types::{BlockHash, Epoch, KvSpace, LoadReport, Millis, NodeId, NodeRecord, Role, Slo};
 
 use crate::admission::Room;
+use crate::cost::learning::{Foretold, Measured};
 use crate::cost::{CostModel, Placed, PlacementId, Priors};
 use crate::index::PrefixIndex;
 use crate::lengths::Lengths;
@@ -80,6 +81,8 @@ pub struct Assignment {
     pub id: PlacementId,
     /// The decision with its reasons.
     pub explanation: Explanation,
+    /// What it goes by, for [`Cluster::completed`].
+    pub foretold: Foretold,
     /// Where the request decodes.
     pub decode: NodeRecord,
     /// Where it is prefilled, if not there.
@@ -240,7 +243,7 @@ impl Cluster {
         let mut policy = self.policy.copy();
         let explanation = self.weigh(space, query, policy.as_mut(), now)?;
         self.policy = policy;
-        Ok(self.assign(explanation, query.answer, now))
+        Ok(self.assign(explanation, query, now))
     }
 
     /// Where [`Self::place`] would place a request now. Nothing is counted, learnt or advanced.
@@ -300,7 +303,7 @@ impl Cluster {
                 lengths: &self.lengths,
                 now,
             },
-            priors: self.costs.priors(),
+            costs: &self.costs,
             settings: &self.settings,
         };
         placement::place(&problem, policy)
@@ -361,6 +364,11 @@ impl Cluster {
         }
     }
 
+    /// A request is complete that was placed once: its nodes have told what it took.
+    pub fn completed(&mut self, foretold: &Foretold, measured: &Measured) {
+        self.costs.completed(foretold, measured);
+    }
+
     /// Every member, for status reports.
     pub fn status(&self) -> Vec<MemberStatus> {
         let status = |member: &Member| MemberStatus {
@@ -402,8 +410,18 @@ impl Cluster {
         }
     }
 
-    fn assign(&mut self, explanation: Explanation, answer: &Answer, now: Instant) -> Assignment {
+    fn assign(&mut self, explanation: Explanation, query: &Query<'_>, now: Instant) -> Assignment {
         let choice = explanation.choice();
+        let engine = choice.prefill.as_ref().unwrap_or(&choice.decode);
+        let foretold = Foretold {
+            prefill: choice.prefill.clone(),
+            decode: choice.decode.clone(),
+            source: choice.sources.first().map(|source| source.node.clone()),
+            new_tokens: choice.new_tokens,
+            prompt_tokens: query.prompt_tokens,
+            prediction: choice.prediction,
+            pace: self.costs.pace(engine),
+        };
         if let Some(prefill) = &choice.prefill {
             self.costs
                 .learn_context(prefill, choice.new_tokens, choice.prediction.compute);
@@ -420,17 +438,19 @@ impl Cluster {
             .map(|source| (record(&source.node), source.blocks))
             .collect();
         let placed = Placed {
-            prefill: choice.prefill.as_ref().unwrap_or(&choice.decode).clone(),
+            prefill: engine.clone(),
             prefill_tokens: choice.new_tokens,
             decode: choice.decode.clone(),
             decode_blocks: choice.decode_blocks,
         };
         let id = self.costs.place(placed, now);
         let lands = now + Duration::from_secs_f64(choice.prediction.total.0.max(0.0) / 1e3);
-        self.residents.place(id, &choice.decode, answer.clone(), lands);
+        self.residents
+            .place(id, &choice.decode, query.answer.clone(), lands);
         Assignment {
             id,
             explanation,
+            foretold,
             decode,
             prefill,
             sources,

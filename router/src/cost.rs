@@ -4,13 +4,14 @@
 //! ttft = queue + promote + fetch + compute(new | prefix) + handoff not hidden
 //! ```
 //!
-//! The rates are what the nodes measured and reported. A node that has not measured yet borrows the mean of
-//! its peers' rates, and where nobody has measured the [`Priors`] hold. Between two reports of a node, what this
+//! The rates are what the nodes measured and reported, corrected by what completed requests took ([`learning`]). A node that has
+//! not measured yet borrows the mean of its peers' rates, and where nobody has measured the [`Priors`] hold. Between two reports of a node, what this
 //! router placed there is added to what the node said, so that a burst does not pile onto the one node that looked idle;
 //! the next report takes it over, so the sum is never staler than one report interval.
 //!
-//! Pure: callers pass `now`. Elsewhere: decode steps (`cost/steps.rs`), the choice (`placement.rs`), the reports (`members.rs`).
+//! Pure: callers pass `now`. Elsewhere: what is learnt from completed requests (`cost/learning.rs`), decode steps (`cost/steps.rs`), the choice (`placement.rs`), the reports (`members.rs`).
 
+pub mod learning;
 mod steps;
 
 use std::collections::{BTreeMap, HashMap};
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use types::{LoadReport, Millis, NodeId};
 
+use learning::{Foretold, Inbound, Learned, Measured};
 pub use steps::StepTime;
 use steps::Steps;
 
@@ -118,9 +120,9 @@ pub struct Pressure {
 pub struct Prediction {
     /// Waiting for the prefilling engine.
     pub queue: Millis,
-    /// Reading the part of the prefix that its holders have on disk only.
+    /// Reading the part of the prefix that its holders have on disk only, as far as queueing does not hide it.
     pub promote: Millis,
-    /// Pulling the part of the prefix that the prefilling node lacks.
+    /// Pulling the part of the prefix that the prefilling node lacks, as far as queueing does not hide it.
     pub fetch: Millis,
     /// Computing the new tokens.
     pub compute: Millis,
@@ -177,6 +179,7 @@ pub struct CostModel {
     /// In order, so that sums over them are the same in every router.
     reports: BTreeMap<NodeId, LoadReport>,
     steps: BTreeMap<NodeId, Steps>,
+    learned: Learned,
     ledger: HashMap<PlacementId, LedgerEntry>,
     next_placement: u64,
     /// Milliseconds that recent prompts were predicted to compute, and what they would without context.
@@ -190,6 +193,7 @@ impl CostModel {
             priors,
             reports: BTreeMap::new(),
             steps: BTreeMap::new(),
+            learned: Learned::default(),
             ledger: HashMap::new(),
             next_placement: 0,
             computed_ms: (0.0, 0.0),
@@ -199,6 +203,61 @@ impl CostModel {
     /// What is assumed where nothing was measured.
     pub fn priors(&self) -> &Priors {
         &self.priors
+    }
+
+    /// Fixed cost of a remote prefill.
+    pub fn handoff_fixed(&self) -> Millis {
+        Millis(self.learned.fixed(self.priors.handoff_fixed_ms))
+    }
+
+    /// What is known of the links to `receiver`.
+    pub fn inbound(&self, receiver: &NodeId) -> Option<&Inbound> {
+        self.learned.inbound(receiver)
+    }
+
+    /// How long `node` takes for a prompt, as a multiple of what it says of its steps.
+    pub fn pace(&self, node: &NodeId) -> f64 {
+        self.learned.pace(node)
+    }
+
+    /// A request is complete: what was foretold of its placement is held against what its nodes measured.
+    pub fn completed(&mut self, foretold: &Foretold, measured: &Measured) {
+        let ends = |a: &NodeId, b: &NodeId, bytes: u64| {
+            let (a, b) = (self.rates(a).transfer(bytes), self.rates(b).transfer(bytes));
+            if a > b { a } else { b }
+        };
+        let engine = foretold.engine();
+        let fetched = foretold.source.as_ref().map(|source| {
+            let bytes = measured.fetch.bytes;
+            (source, ends(source, engine, bytes))
+        });
+        let handed_over = foretold.prefill.as_ref().map(|prefill| {
+            let bytes = measured.handoff.bytes;
+            (prefill, ends(prefill, &foretold.decode, bytes))
+        });
+        // A prefix that was gone when it was asked for is no error of the model.
+        let as_foretold = foretold.new_tokens + measured.cached_tokens == foretold.prompt_tokens;
+        if let Some((source, ends)) = fetched
+            && as_foretold
+        {
+            let mut moved = measured.fetch;
+            moved.took = Millis(moved.took.0 - self.priors.fetch_fixed_ms);
+            self.learned.moved(source, engine, moved, ends);
+        }
+        if let Some((prefill, ends)) = handed_over {
+            let decode = &foretold.decode;
+            self.learned.moved(prefill, decode, measured.handoff, ends);
+        }
+        if as_foretold {
+            self.learned.computed(engine, foretold, measured.compute);
+            let prediction = &foretold.prediction;
+            let other_waits = prediction.queue + prediction.promote + prediction.fetch;
+            if foretold.prefill.is_some() && other_waits == Millis(0.0) {
+                let fixed = measured.ttft.0 - measured.compute.0 - measured.exposed.0;
+                self.learned
+                    .handed_over(Millis(fixed), self.priors.handoff_fixed_ms);
+            }
+        }
     }
 
     /// A prompt was placed on `node`, whose `new_tokens` are predicted to compute for so long.
@@ -240,6 +299,7 @@ impl CostModel {
     pub fn forget(&mut self, node: &NodeId) {
         self.reports.remove(node);
         self.steps.remove(node);
+        self.learned.forget(node);
         for entry in self.ledger.values_mut() {
             entry.prefill_known |= entry.placed.prefill == *node;
             entry.decode_known |= entry.placed.decode == *node;
@@ -320,13 +380,15 @@ impl CostModel {
             let measured = own.map(of).filter(|value| is_rate(*value));
             measured.or_else(|| self.mean_rate(of)).unwrap_or(prior)
         };
-        let priors = &self.priors;
+        let (priors, pace) = (&self.priors, self.learned.pace(node));
         Rates {
-            prefill_ms_per_token: rate(|report| report.prefill_ms_per_token, priors.prefill_ms_per_token),
-            prefill_ms_per_token_kilocontext: rate(
-                |report| report.prefill_ms_per_token_kilocontext,
-                priors.prefill_ms_per_token_kilocontext,
-            ),
+            prefill_ms_per_token: pace
+                * rate(|report| report.prefill_ms_per_token, priors.prefill_ms_per_token),
+            prefill_ms_per_token_kilocontext: pace
+                * rate(
+                    |report| report.prefill_ms_per_token_kilocontext,
+                    priors.prefill_ms_per_token_kilocontext,
+                ),
             step: self.step(node),
             transfer_bytes_per_ms: rate(
                 |report| report.transfer_bytes_per_ms,

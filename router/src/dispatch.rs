@@ -25,6 +25,7 @@ use types::{Error, ErrorCode, Millis, RequestId};
 
 use crate::admission::{Admission, Forecast, Rejection};
 use crate::config::Config;
+use crate::cost::learning::{Measured, Moved};
 use crate::entropy::Entropy;
 use crate::error::RequestError;
 use crate::gate::{Asks, Gate, Refused};
@@ -229,6 +230,25 @@ impl Dispatcher {
         let _tokenising = self.shared.tokenising.acquire().await;
         let prepared = node::task::blocking("perigee-tokenise", prepare).await;
         prepared.map_err(RequestError::Internal)?
+    }
+}
+
+/// What a complete request's nodes say of it, and `ttft` from its placement, as the cost model learns from it.
+pub fn measured(report: &v1::RequestReport, cached_tokens: u64, ttft: Millis) -> Measured {
+    Measured {
+        cached_tokens,
+        queue: Millis(report.queue_ms),
+        fetch: Moved {
+            bytes: report.fetched_bytes,
+            took: Millis(report.fetch_ms),
+        },
+        compute: Millis(report.prefill_ms),
+        handoff: Moved {
+            bytes: report.handoff_bytes,
+            took: Millis(report.handoff_hidden_ms + report.handoff_exposed_ms),
+        },
+        exposed: Millis(report.handoff_exposed_ms),
+        ttft,
     }
 }
 

@@ -10,6 +10,9 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use types::{Constraint, ErrorCode, Millis};
 
+use crate::cost::Prediction;
+use crate::cost::learning::Measured;
+
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Outcome {
@@ -24,6 +27,16 @@ struct Bound {
     constraint: &'static str,
 }
 
+/// A term of a prediction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Term {
+    /// `queue`, `compute` or `handoff`.
+    term: &'static str,
+}
+
+/// Seconds by term.
+type Terms = Family<Term, Counter<f64, AtomicU64>>;
+
 /// The metrics of a router. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Metrics {
@@ -32,6 +45,9 @@ pub struct Metrics {
     ttft: Histogram,
     inter_token: Histogram,
     prediction_error: Histogram,
+    terms_predicted: Terms,
+    terms_measured: Terms,
+    terms_missed: Terms,
     replacements: Counter,
     prompt_tokens: Counter,
     cached_tokens: Counter,
@@ -55,6 +71,8 @@ impl Metrics {
         let gauge = |suffix: &str, help: &str| metrics.register(&name(suffix), help, Gauge::default());
         let histogram =
             |suffix: &str, help: &str, buckets: &[f64]| metrics.histogram(&name(suffix), help, buckets);
+        let terms =
+            |suffix: &str, help: &str| -> Terms { metrics.register(&name(suffix), help, Terms::default()) };
         let rejections: Family<Bound, Counter> = metrics.register(
             &name("rejections"),
             "Requests that were turned away, by what there was too little of",
@@ -81,6 +99,18 @@ impl Metrics {
                 "time_to_first_token_error_seconds",
                 "Distance between predicted and measured time from placement to first token",
                 LATENCY_SECONDS,
+            ),
+            terms_predicted: terms(
+                "terms_predicted_seconds",
+                "Predicted terms of the time to first token, summed up over complete requests",
+            ),
+            terms_measured: terms(
+                "terms_measured_seconds",
+                "What these terms took by the nodes' own clocks",
+            ),
+            terms_missed: terms(
+                "terms_missed_seconds",
+                "Distances between predicted and measured terms, summed up over complete requests",
             ),
             replacements: counter(
                 "replacements",
@@ -123,6 +153,28 @@ impl Metrics {
     pub(crate) fn predicted(&self, predicted: Millis, actual: Millis) {
         self.prediction_error
             .observe((predicted.0 - actual.0).abs() / 1e3);
+    }
+
+    /// How far each term of a prediction was off.
+    pub(crate) fn terms(&self, foretold: &Prediction, measured: &Measured) {
+        // The wait for the engine and the one for the prefix are one: whatever is longer hides the other.
+        let waited = (foretold.queue + foretold.promote + foretold.fetch, measured.queue);
+        let rest = measured.ttft.0 - measured.queue.0 - measured.compute.0;
+        let terms = [
+            ("queue", waited),
+            ("compute", (foretold.compute, measured.compute)),
+            ("handoff", (foretold.handoff, Millis(rest))),
+        ];
+        for (term, (predicted, measured)) in terms {
+            let add = |sums: &Terms, ms: f64| {
+                // A counter that takes what is not a number, or is negative, is lost.
+                let seconds = if ms.is_finite() { ms.max(0.0) / 1e3 } else { 0.0 };
+                sums.get_or_create(&Term { term }).inc_by(seconds);
+            };
+            add(&self.terms_predicted, predicted.0);
+            add(&self.terms_measured, measured.0);
+            add(&self.terms_missed, (predicted.0 - measured.0).abs());
+        }
     }
 
     pub(crate) fn gap(&self, gap: Millis) {

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use types::{BlockHash, Millis, NodeId, Role, Slo};
 
-use crate::cost::{Prediction, Pressure, Priors, Rates};
+use crate::cost::{CostModel, Prediction, Pressure, Rates};
 use crate::index::Match;
 use crate::policy::Policy;
 use crate::residents::Outlook;
@@ -133,8 +133,8 @@ pub struct Problem<'a> {
     pub draw: u64,
     /// What is known of the answers that nodes give and will give.
     pub outlook: Outlook<'a>,
-    /// What no report says.
-    pub priors: &'a Priors,
+    /// What is known of the nodes' speed beyond their own rates.
+    pub costs: &'a CostModel,
     /// What the operator set.
     pub settings: &'a Settings,
 }

@@ -258,6 +258,80 @@ async fn the_same_cluster_runs_on_etcd_and_outlives_its_restart_under_load() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_killed_router_ends_only_what_streamed_through_it() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = tiny(folder.path());
+    let cases = cases(15, 16);
+    let expected = expected(&model, &cases);
+    let cluster = Cluster::start(&model, &["--prefill", "1", "--decode", "2"]);
+    let port = free_port().to_string();
+    let start = || {
+        let mut command = Command::new(perigee());
+        command
+            .args([
+                "router",
+                "--registry",
+                &cluster.ready.registry,
+                "--id",
+                "router-two",
+            ])
+            .args(["--grpc-port", &port, "--model"])
+            .arg(&model);
+        Process::start(&mut command, folder.path(), "router-two")
+    };
+    let url = format!("http://127.0.0.1:{port}");
+    let serves = async || {
+        let address = url.trim_start_matches("http://");
+        wait_for("the router to listen", || {
+            std::net::TcpStream::connect(address).ok()
+        });
+        wait_for_status(&mut client(&url).await, |status| match heard(&status).count() {
+            3.. => Ok(()),
+            nodes => Err(format!("the router has heard of {nodes} nodes, not of 3")),
+        })
+        .await;
+    };
+    let mut second = start();
+    serves().await;
+    // All of them are in the middle of their answers when it dies.
+    let mut cut = Vec::new();
+    for case in &cases {
+        let mut client = client(&url).await;
+        let mut stream = client
+            .generate(case.request())
+            .await
+            .expect("placed")
+            .into_inner();
+        stream.message().await.expect("the first event");
+        cut.push(stream);
+    }
+    let finished = survive(&cluster.ready.grpc, &cases, &expected, async || second.kill()).await;
+    assert_eq!(placed_again(&finished), 0, "a router is nobody's node");
+    for mut stream in cut {
+        let mut finished = false;
+        let end = loop {
+            match stream.message().await {
+                Ok(Some(response)) => {
+                    finished |= matches!(response.event, Some(v1::generate_response::Event::Finished(_)));
+                }
+                Ok(None) => break None,
+                Err(status) => break Some(status),
+            }
+        };
+        assert!(finished || end.is_some(), "a cut stream looked like a whole one");
+    }
+    // One that starts anew under the old name has all it needs from the nodes.
+    let _second = start();
+    serves().await;
+    for (case, expected) in cases.iter().zip(&expected) {
+        let again = generate(&mut client(&url).await, case.request())
+            .await
+            .expect("served");
+        assert_eq!(again.tokens, *expected);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nodes_with_other_blocks_are_refused_at_registration() {
     let folder = tempfile::tempdir().expect("folder");
     let model = tiny(folder.path());

@@ -20,6 +20,8 @@ use proto::{convert, v1};
 use router::admission::{Admission, Room};
 use router::cluster::{Assignment, Cluster, Query};
 use router::cost::PlacementId;
+use router::cost::learning::{Foretold, Measured};
+use router::dispatch;
 use router::members::SharedCluster;
 use router::placement::NoPlacement;
 use router::policy::PolicyName;
@@ -114,6 +116,26 @@ impl Front for Live {
         self.cluster.lock().ended(id, tokens);
     }
 
+    fn completed(&mut self, foretold: &Foretold, measured: &Measured) {
+        let report = v1::RequestReport {
+            queue_ms: measured.queue.0,
+            fetched_bytes: measured.fetch.bytes,
+            fetch_ms: measured.fetch.took.0,
+            prefill_ms: measured.compute.0,
+            handoff_bytes: measured.handoff.bytes,
+            // Their sum must come out of floating point as it was.
+            handoff_hidden_ms: measured.handoff.took.0,
+            handoff_exposed_ms: 0.0,
+            ..v1::RequestReport::default()
+        };
+        let report = v1::RequestReport::decode(&report.encode_to_vec()[..]).expect("a report");
+        let heard = dispatch::measured(&report, measured.cached_tokens, measured.ttft);
+        let exposed = measured.exposed;
+        self.cluster
+            .lock()
+            .completed(foretold, &Measured { exposed, ..heard });
+    }
+
     fn room(&self) -> Room {
         self.cluster.lock().room()
     }
@@ -166,6 +188,10 @@ impl Front for Noting {
 
     fn ended(&mut self, id: PlacementId, tokens: Option<u64>) {
         self.inner.ended(id, tokens);
+    }
+
+    fn completed(&mut self, foretold: &Foretold, measured: &Measured) {
+        self.inner.completed(foretold, measured);
     }
 
     fn room(&self) -> Room {

@@ -28,5 +28,7 @@ pub use detokenizer::{Detokenizer, StopMatcher, StopOutcome};
 pub use file::{LoadError, ModelFile};
 pub use model::{Model, Precision};
 pub use sampler::{SampleError, Sampled, sample};
-pub use step::{Engine, Logits, LogitsWanted, SequenceStep, StepError, StepObserver};
+pub use step::{
+    CALIBRATION_TOKENS, Calibration, Engine, Logits, LogitsWanted, SequenceStep, StepError, StepObserver,
+};
 pub use tokenizer::{Tokenizer, TokenizerError};

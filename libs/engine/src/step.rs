@@ -8,6 +8,7 @@
 //! Elsewhere: the order of operations in a layer (`forward.rs`), who shares a step (the nodes' schedulers).
 
 mod attend;
+mod calibration;
 mod forward;
 mod plan;
 mod product;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 use types::{BlockId, ErrorCode, KvLayout, Memory, Token};
 
+pub use self::calibration::{CALIBRATION_TOKENS, Calibration};
 use self::forward::Buffers;
 use self::plan::Plan;
 use crate::compute::Isa;

@@ -8,6 +8,7 @@ use kv_store::log::Batch;
 use router::admission::{Admission, Room};
 use router::cluster::{Assignment, Cluster, Query};
 use router::cost::PlacementId;
+use router::cost::learning::{Foretold, Measured};
 use router::placement::NoPlacement;
 use types::{Epoch, KvSpace, LoadReport, NodeId, NodeRecord};
 
@@ -32,6 +33,8 @@ pub trait Front {
     fn prefilled(&mut self, id: PlacementId, now: Instant);
     /// A placement ended, with so many tokens if its answer is complete.
     fn ended(&mut self, id: PlacementId, tokens: Option<u64>);
+    /// A request is complete that was placed once.
+    fn completed(&mut self, foretold: &Foretold, measured: &Measured);
     /// Who may run.
     fn admission(&mut self) -> &mut Admission;
     /// What the nodes can take.
@@ -101,6 +104,10 @@ impl Front for Direct {
 
     fn ended(&mut self, id: PlacementId, tokens: Option<u64>) {
         self.cluster.ended(id, tokens);
+    }
+
+    fn completed(&mut self, foretold: &Foretold, measured: &Measured) {
+        self.cluster.completed(foretold, measured);
     }
 
     fn room(&self) -> Room {

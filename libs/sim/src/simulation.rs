@@ -33,6 +33,7 @@ use kv_store::replay::workloads::Random;
 use router::admission::{self, Admission, Forecast};
 use router::cluster::Query;
 use router::cost::PlacementId;
+use router::cost::learning::{Foretold, Measured};
 use router::members::REPORT_INTERVAL;
 use router::residents::Answer;
 use types::{Epoch, KvSpace, Millis, NodeId, NodeRecord, Priority, Role, Slo};
@@ -102,6 +103,10 @@ struct State {
     last_ns: u64,
     gaps_ms: Vec<f32>,
     served: Served,
+    /// Of the last placement.
+    foretold: Option<Foretold>,
+    measured: Measured,
+    placed_ns: u64,
     outcome: Option<Outcome>,
 }
 
@@ -409,6 +414,9 @@ impl<'a> Simulation<'a> {
             state.served.ttft_predicted_ms = waited_ms + choice.prediction.total.0;
         }
         state.served.placements += 1;
+        state.foretold = Some(assignment.foretold);
+        state.measured = Measured::default();
+        state.placed_ns = self.now_ns;
         state.first_refused_ns = None;
         let decode = self.node(&assignment.decode.id);
         let prefill = assignment

@@ -10,7 +10,8 @@ use types::{Error, ErrorCode, NodeRecord};
 
 use super::{left, silent};
 use crate::cluster::Assignment;
-use crate::cost::PlacementId;
+use crate::cost::learning::{Foretold, Measured};
+use crate::cost::{PlacementId, Prediction};
 use crate::members::SharedCluster;
 
 /// A request on its decode node. Dropping it cancels the request there and everything below it.
@@ -35,6 +36,7 @@ pub(super) struct Nodes {
 #[derive(Debug)]
 pub(super) struct Placed {
     pub(super) id: PlacementId,
+    foretold: Foretold,
     cluster: SharedCluster,
     /// Tokens of the answer, once it is complete.
     answered: Option<u64>,
@@ -95,10 +97,11 @@ impl Failure {
 }
 
 impl Placed {
-    pub(super) fn new(id: PlacementId, cluster: SharedCluster) -> Self {
+    pub(super) fn new(id: PlacementId, foretold: Foretold, cluster: SharedCluster) -> Self {
         let answered = None;
         Self {
             id,
+            foretold,
             cluster,
             answered,
         }
@@ -106,6 +109,16 @@ impl Placed {
 
     pub(super) fn prefilled(&self, now: Instant) {
         self.cluster.lock().prefilled(self.id, now);
+    }
+
+    /// What was predicted of it.
+    pub(super) fn prediction(&self) -> &Prediction {
+        &self.foretold.prediction
+    }
+
+    /// Its nodes have told what it took.
+    pub(super) fn completed(&self, measured: &Measured) {
+        self.cluster.lock().completed(&self.foretold, measured);
     }
 
     pub(super) fn answered(&mut self, tokens: u64) {

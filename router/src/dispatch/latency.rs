@@ -49,6 +49,11 @@ impl Latency {
         Arrival::Later(gap)
     }
 
+    /// When the first one came.
+    pub(super) fn first(&self) -> Option<Instant> {
+        self.first
+    }
+
     /// Arrival of the request to first token; 0 before there is one.
     pub(super) fn ttft(&self) -> Millis {
         self.first

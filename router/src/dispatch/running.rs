@@ -10,7 +10,7 @@ use types::{Epoch, Error, ErrorCode, KvSpace, Millis, NodeId, Slo, Token};
 
 use super::attempt::{Attempt, Failure, Nodes, Placed, decode_request};
 use super::latency::{Arrival, Latency, millis};
-use super::{Event, Shared, unix_ms};
+use super::{Event, Shared, measured, unix_ms};
 use crate::admission::{Admission, Forecast};
 use crate::cluster::{Assignment, Query};
 use crate::decisions::{Ending, Subject};
@@ -148,7 +148,11 @@ impl Running {
                     continue;
                 }
             };
-            let placed = Placed::new(assignment.id, self.shared.cluster.clone());
+            let placed = Placed::new(
+                assignment.id,
+                assignment.foretold.clone(),
+                self.shared.cluster.clone(),
+            );
             let choice = assignment.explanation.choice();
             self.log(choice);
             let forecast = Forecast::of(choice, self.shared.config.decode_load);
@@ -316,8 +320,15 @@ impl Running {
             completion_tokens: self.generated.len() as u64,
             cached_tokens: 0,
         });
+        let report = report.unwrap_or_default();
         if let Some(attempt) = &mut self.attempt {
             attempt.placed.answered(usage.completion_tokens);
+            // What was placed before has left blocks, and tokens, that nobody foretold.
+            if let (Some(at), 1) = (self.latency.first(), self.placements) {
+                let measured = measured(&report, usage.cached_tokens, millis(attempt.placed_at, at));
+                attempt.placed.completed(&measured);
+                self.shared.metrics.terms(attempt.placed.prediction(), &measured);
+            }
         }
         let predicted = self.predicted.map_or(0.0, |(predicted, at)| {
             // From arrival, as `ttft_ms` is.
@@ -329,7 +340,7 @@ impl Running {
             tbt_max_ms: self.latency.tbt_max().0,
             placements: self.placements,
             ttft_predicted_ms: predicted,
-            ..report.unwrap_or_default()
+            ..report
         };
         self.shared
             .metrics

@@ -237,6 +237,7 @@ pub(super) fn report(report: &v1::RequestReport) -> Value {
         tbt_max_ms,
         placements,
         ttft_predicted_ms,
+        fetch_ms,
     } = report;
     json!({
         "prefill_node": prefill_node,
@@ -244,6 +245,7 @@ pub(super) fn report(report: &v1::RequestReport) -> Value {
         "fetched_bytes": fetched_bytes,
         "handoff_bytes": handoff_bytes,
         "transport": transport,
+        "fetch_ms": fetch_ms,
         "queue_ms": queue_ms,
         "prefill_ms": prefill_ms,
         "handoff_hidden_ms": handoff_hidden_ms,

@@ -3,7 +3,7 @@ use std::time::Instant;
 use proptest::prelude::*;
 
 use super::*;
-use crate::cost::StepTime;
+use crate::cost::{Priors, StepTime};
 use crate::lengths::Lengths;
 use crate::policy::{Perigee, PolicyName};
 use crate::residents::Residents;
@@ -98,7 +98,7 @@ impl Case {
                 lengths: &Lengths::default(),
                 now: Instant::now(),
             },
-            priors: &Priors::default(),
+            costs: &CostModel::new(Priors::default()),
             settings: &self.settings,
         };
         place(&problem, policy)

@@ -12,6 +12,7 @@ use types::{Millis, NodeId};
 
 use super::{Candidate, DecodeLoad, NodeView, Objection, Problem, SOURCES_MAX, Source};
 use crate::cost::Prediction;
+use crate::cost::learning::Inbound;
 use crate::index::Match;
 use crate::policy::Prefixes;
 
@@ -28,6 +29,7 @@ pub(super) struct Weighing<'a> {
     /// Of nodes that may be read from, longest first, and of equals that with more of it in memory. A draining node still
     /// serves what it holds.
     readable: Vec<&'a Match<'a>>,
+    handoff_fixed: Millis,
 }
 
 /// A node as the end that prefills.
@@ -45,6 +47,7 @@ pub(super) struct Decoding<'a> {
     blocks: u64,
     /// What a prefill node would have to move there.
     handoff_bytes: u64,
+    inbound: Option<&'a Inbound>,
 }
 
 /// How an engine gets its prefix.
@@ -85,15 +88,17 @@ impl<'a> Weighing<'a> {
             nodes,
             matches,
             readable,
+            handoff_fixed: problem.costs.handoff_fixed(),
         }
     }
 
     pub(super) fn prefilling(&self, node: &'a NodeView) -> Prefilling<'a> {
         let queued = node.pressure.queued_prefill_tokens as f64;
+        let queue = Millis(queued * node.rates.prefill_ms_per_token * node.context_factor);
         Prefilling {
             node,
-            queue: Millis(queued * node.rates.prefill_ms_per_token * node.context_factor),
-            prefix: self.prefix(node),
+            queue,
+            prefix: self.prefix(node, queue),
         }
     }
 
@@ -108,6 +113,7 @@ impl<'a> Weighing<'a> {
             tbt: self.gap(node, ahead),
             blocks: blocks.saturating_sub(held),
             handoff_bytes: problem.prompt_tokens.saturating_sub(held_tokens) * problem.shape.token_bytes,
+            inbound: problem.costs.inbound(&node.id),
         }
     }
 
@@ -221,11 +227,12 @@ impl<'a> Weighing<'a> {
         }
     }
 
-    fn prefix(&self, engine: &NodeView) -> Prefix {
+    /// A prompt that has to wait for `queue` gets its prefix meanwhile.
+    fn prefix(&self, engine: &NodeView, queue: Millis) -> Prefix {
         let own = self.held(&engine.id);
         // An engine asks its own disk before it asks a peer.
         let promote = self.promotion(engine, 0);
-        let without = self.prefix_of(engine, own, Arc::default(), (promote, Millis(0.0)));
+        let without = self.prefix_of(engine, own, Arc::default(), unhidden(queue, promote, Millis(0.0)));
         if self.prefixes == Prefixes::Own {
             return without;
         }
@@ -235,11 +242,12 @@ impl<'a> Weighing<'a> {
         };
         let source = self.nodes.get(&sources[0].node).copied();
         let fetch = source.map_or(Millis(0.0), |source| {
-            transfer(source, engine, self.bytes(best - own))
+            let inbound = self.problem.costs.inbound(&engine.id);
+            transfer(source, engine, inbound, self.bytes(best - own))
         });
-        let fetch = fetch + Millis(self.problem.priors.fetch_fixed_ms);
+        let fetch = fetch + Millis(self.problem.costs.priors().fetch_fixed_ms);
         let promote = promote + source.map_or(Millis(0.0), |source| self.promotion(source, own));
-        let with = self.prefix_of(engine, best, sources, (promote, fetch));
+        let with = self.prefix_of(engine, best, sources, unhidden(queue, promote, fetch));
         let fetches = match self.prefixes {
             Prefixes::Own => false,
             Prefixes::Longest => true,
@@ -300,15 +308,23 @@ impl<'a> Weighing<'a> {
     /// The part of the handoff that computing does not hide. Layers are pushed as they are computed, so at the least the
     /// last one is waited for; where the wire is slower than the engine, the difference is.
     fn unhidden_handoff(&self, engine: &Prefilling<'_>, decode: &Decoding<'_>) -> Millis {
-        let moving = transfer(engine.node, decode.node, decode.handoff_bytes).0;
+        let moving = transfer(engine.node, decode.node, decode.inbound, decode.handoff_bytes).0;
         let layers = self.problem.shape.layers.max(1) as f64;
         let exposed = (moving - engine.prefix.compute.0).max(moving / layers);
-        Millis(exposed + self.problem.priors.handoff_fixed_ms)
+        Millis(exposed) + self.handoff_fixed
     }
 }
 
-/// A transfer is as fast as the slower of its ends.
-fn transfer(from: &NodeView, to: &NodeView, bytes: u64) -> Millis {
+/// What is left of promoting, and then fetching, a prefix after `queue`.
+fn unhidden(queue: Millis, promote: Millis, fetch: Millis) -> (Millis, Millis) {
+    let promoted = (promote.0 - queue.0).max(0.0);
+    let both = (promote.0 + fetch.0 - queue.0).max(0.0);
+    (Millis(promoted), Millis(both - promoted))
+}
+
+/// A transfer is as fast as the slower of its ends, until their link is known.
+fn transfer(from: &NodeView, to: &NodeView, inbound: Option<&Inbound>, bytes: u64) -> Millis {
     let (a, b) = (from.rates.transfer(bytes), to.rates.transfer(bytes));
-    if a > b { a } else { b }
+    let ends = if a > b { a } else { b };
+    inbound.map_or(ends, |links| links.transfer(&from.id, bytes, ends))
 }

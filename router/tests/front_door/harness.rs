@@ -32,6 +32,9 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) const MODEL: &str = "tiny";
 
+/// Events of one batch of a scripted node's log.
+const LOG_EVENTS_MAX: usize = 4096;
+
 /// What a scripted decode node does, in order.
 #[derive(Debug, Clone)]
 pub(crate) enum Step {
@@ -273,6 +276,19 @@ fn logprob(top: Vec<(u32, f32)>) -> v1::TokenLogprob {
     }
 }
 
+impl Scripted {
+    /// A part of the snapshot of the log.
+    fn part(&self, blocks: &[BlockEvent]) -> v1::LogBatch {
+        v1::LogBatch {
+            epoch: self.epoch.0,
+            snapshot: true,
+            snapshot_end: false,
+            sequence: self.blocks.len() as u64,
+            events: blocks.iter().map(proto::convert::event_to_wire).collect(),
+        }
+    }
+}
+
 /// Counts itself among the open streams.
 struct OpenStream(watch::Sender<usize>);
 
@@ -294,15 +310,17 @@ impl KvStore for Scripted {
     type WatchStream = EventStream<v1::LogBatch>;
 
     async fn watch(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let snapshot = v1::LogBatch {
-            epoch: self.epoch.0,
-            snapshot: true,
-            snapshot_end: true,
-            sequence: self.blocks.len() as u64,
-            events: self.blocks.iter().map(proto::convert::event_to_wire).collect(),
-        };
+        let parts = self.blocks.chunks(LOG_EVENTS_MAX);
+        let mut snapshot: Vec<v1::LogBatch> = parts.map(|part| self.part(part)).collect();
+        if snapshot.is_empty() {
+            snapshot.push(self.part(&[]));
+        }
+        if let Some(last) = snapshot.last_mut() {
+            last.snapshot_end = true;
+        }
+        let snapshot = snapshot.into_iter().map(Ok);
         Ok(Response::new(Box::pin(
-            stream::iter([Ok(snapshot)]).chain(stream::pending()),
+            stream::iter(snapshot).chain(stream::pending()),
         )))
     }
 

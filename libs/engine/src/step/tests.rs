@@ -1,4 +1,5 @@
 use std::collections::HashMap;
+use std::time::Duration;
 
 use super::*;
 use crate::Precision;
@@ -278,4 +279,24 @@ fn cached_positions_are_not_written() {
     };
     let again = engine.step(&[step], &mut ()).expect("a step").row(0).to_vec();
     assert_eq!(again, full);
+}
+
+#[test]
+fn a_calibration_measures_what_its_blocks_have_room_for() {
+    let model = model();
+    let mut engine = engine(&model);
+    assert_eq!(engine.calibrate(&[]).expect("no step"), None);
+    let one = engine.calibrate(&blocks(&[0])).expect("steps").expect("a block");
+    let positions = |calibration: &Calibration| -> Vec<_> {
+        let prompts = calibration.prompts.iter();
+        prompts.map(|(positions, _)| positions.clone()).collect()
+    };
+    assert_eq!(positions(&one).first(), Some(&(0..16)));
+    assert_eq!(one.prompts.len(), 1);
+    // 8 blocks of 16 tokens.
+    let all: Vec<u32> = (0..BLOCKS as u32).collect();
+    let all = engine.calibrate(&blocks(&all)).expect("steps").expect("blocks");
+    let room = (BLOCKS * 16).min(model.config().context_tokens_max);
+    assert_eq!(positions(&all), [0..64, room - 64..room]);
+    assert!(all.decode_step > Duration::ZERO && all.prompts.iter().all(|(_, took)| *took > Duration::ZERO));
 }

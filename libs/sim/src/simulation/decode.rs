@@ -2,6 +2,9 @@
 
 use std::mem;
 
+use router::cost::learning::Measured;
+use types::Millis;
+
 use super::node::{Landing, Prefill, Sequence, Step, Visit};
 use super::outcome::{Outcome, Served};
 use super::{CHUNK_TOKENS, Kind, Simulation, ms, ns};
@@ -118,7 +121,11 @@ impl Simulation<'_> {
         if !self.claim(node, next) {
             return None;
         }
-        let prefill = &self.nodes[node].prefills.waiting[next];
+        let now_ns = self.now_ns;
+        let prefill = &mut self.nodes[node].prefills.waiting[next];
+        if prefill.done_tokens == 0 {
+            prefill.starts_ns = now_ns;
+        }
         let from = prefill.cached_tokens + prefill.done_tokens;
         Some((prefill.visit, from, prefill.left_tokens().min(CHUNK_TOKENS)))
     }
@@ -187,12 +194,16 @@ impl Simulation<'_> {
         let Some(Prefill {
             prompt_tokens,
             mut held,
+            starts_ns,
             ..
         }) = self.nodes[node].prefills.waiting.remove(position)
         else {
             return;
         };
         self.nodes[node].totals.prefills += 1;
+        let state = &mut self.states[visit.request];
+        state.measured.queue = Millis(ms(starts_ns.saturating_sub(state.placed_ns)));
+        state.measured.compute = Millis(ms(self.now_ns - starts_ns));
         let left = self.left_tokens(visit.request);
         let chain = &self.requests[visit.request].chain;
         self.nodes[node].pool.settle(&mut held, chain, now);
@@ -229,6 +240,14 @@ impl Simulation<'_> {
 
     fn finish(&mut self, request: usize) {
         let state = &mut self.states[request];
+        if let (Some(foretold), 1) = (&state.foretold, state.served.placements) {
+            let ttft = Millis(ms(state.first_ns - state.placed_ns));
+            let measured = Measured {
+                ttft,
+                ..state.measured
+            };
+            self.routers[state.router].completed(foretold, &measured);
+        }
         let mut gaps_ms = mem::take(&mut state.gaps_ms);
         self.gaps_ms.extend_from_slice(&gaps_ms);
         let served = Served {

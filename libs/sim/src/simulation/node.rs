@@ -67,6 +67,8 @@ pub(super) struct Prefill {
     pub(super) held: Held,
     /// Tokens computed so far; only a decode node computes a part at a time.
     pub(super) done_tokens: u64,
+    /// When a decode node began with it.
+    pub(super) starts_ns: u64,
 }
 
 #[derive(Debug)]

@@ -1,7 +1,8 @@
 //! The way of a prompt: its prefix, its turn, its computation, and its landing on the decode node.
 
 use router::cost::Priors;
-use types::Role;
+use router::cost::learning::Moved;
+use types::{Millis, Role};
 
 use super::node::{Computing, Prefill, Visit};
 use super::{Kind, Simulation, ms, ns};
@@ -33,6 +34,7 @@ impl Simulation<'_> {
             prompt_tokens,
             held,
             done_tokens: 0,
+            starts_ns: 0,
         };
         self.count_cached(&mut prefill, prefix_blocks, own);
         self.nodes[node].prefills.waiting.push_back(prefill);
@@ -44,6 +46,10 @@ impl Simulation<'_> {
         let arrives_ns = self.links.send(source, node, bytes, self.now_ns);
         self.nodes[node].moved(bytes, ms(arrives_ns - self.now_ns));
         let fixed_ns = ns(Priors::default().fetch_fixed_ms);
+        self.states[request].measured.fetch = Moved {
+            bytes,
+            took: Millis(ms(arrives_ns + fixed_ns - self.now_ns)),
+        };
         let at = self.at(node);
         self.plan(arrives_ns + fixed_ns, Kind::Fetched { node: at, visit });
     }
@@ -103,6 +109,15 @@ impl Simulation<'_> {
             let last_layer_ns = moving_ns / self.space.layout.layers as u64;
             let lands_ns = sent_ns.max(self.now_ns + last_layer_ns) + ns(Priors::default().handoff_fixed_ms);
             self.nodes[node].prefills.landing.insert(visit, prefill.held);
+            let state = &mut self.states[visit.request];
+            let measured = &mut state.measured;
+            measured.queue = Millis(ms(starts_ns.saturating_sub(state.placed_ns)));
+            measured.compute = Millis(compute_ms);
+            measured.handoff = Moved {
+                bytes,
+                took: Millis(ms(sent_ns - starts_ns)),
+            };
+            measured.exposed = Millis(ms(lands_ns - self.now_ns));
             let kind = Kind::Lands {
                 prefill: self.at(node),
                 decode: self.at(decode),
@@ -171,6 +186,7 @@ impl Simulation<'_> {
         let served = &mut self.states[prefill.visit.request].served;
         served.cached_tokens = cached;
         served.fetched_tokens = cached - own;
+        self.states[prefill.visit.request].measured.cached_tokens = cached;
     }
 
     pub(super) fn bytes(&self, blocks: usize) -> u64 {
