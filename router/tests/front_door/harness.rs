@@ -426,6 +426,7 @@ impl Router {
         let registry = Arc::new(FixedRegistry {
             members: watch::Sender::new(Arc::default()),
         });
+        let guard = router::Guard::new(&config, false).expect("readable keys");
         let service = Service::new(
             config,
             Dependencies {
@@ -434,6 +435,8 @@ impl Router {
                 channels: Channels::new(),
                 metrics: node::Metrics::new(),
                 readiness: Readiness::new([]),
+                guard,
+                tls: None,
             },
         );
         let service = service.expect("a valid configuration");
