@@ -34,6 +34,14 @@ MANAGED = {
     "model.name",  # model.name
     "kv.disk_path",  # nodes.disk
     "kv.disk_capacity",  # nodes.disk.capacity
+    "tls.certificate",  # tls
+    "tls.key",
+    "tls.authority",
+    "tls.name",  # tls.name
+    "registry.etcd_authority",  # etcd.tls
+    "registry.etcd_certificate",
+    "registry.etcd_key",
+    "router.api_keys_file",  # apiKeys
 }
 AMOUNT = {"type": "string", "pattern": "^[0-9]"}
 
@@ -281,11 +289,24 @@ def etcd(k8s):
     return thing(
         enabled=FLAG,
         endpoints=a_list({"type": "string", "pattern": "^[^/,]+:[0-9]+$"}),
+        tls=thing(existingSecret=TEXT, clientCertificate=FLAG),
         image=image(k8s),
         replicas=one_of(1, 3, 5),
         persistence=thing(enabled=FLAG, size=AMOUNT, storageClassName=TEXT),
         **scheduling(k8s),
     )
+
+
+def tls():
+    duration = {"type": "string", "pattern": "^([0-9]+(h|m|s))+$"}
+    manager = thing(
+        enabled=FLAG,
+        issuerRef=thing(name=TEXT, kind=FILLED, group=FILLED),
+        duration=duration,
+        renewBefore=duration,
+        extraDnsNames=a_list(FILLED),
+    )
+    return thing(enabled=FLAG, existingSecret=TEXT, name=TEXT, certManager=manager)
 
 
 def metrics():
@@ -322,6 +343,8 @@ def schema(perigee):
         fullnameOverride=TEXT,
         image=image_with_secrets,
         model=model(k8s),
+        tls=tls(),
+        apiKeys=thing(existingSecret=TEXT, key=FILLED),
         config=config,
         defaults=thing(**pods(k8s)),
         nodes=thing(**nodes(k8s)),
@@ -342,7 +365,7 @@ def schema(perigee):
             attainmentPercent={"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 100},
         ),
         metrics=metrics(),
-        tests=thing(enabled=FLAG),
+        tests=thing(enabled=FLAG, apiKey=thing(existingSecret=TEXT, key=FILLED)),
         extraObjects=a_list({"type": ["object", "string"]}),
     )
     definitions = {"config": settings(perigee)} | dict(sorted(k8s.used.items()))

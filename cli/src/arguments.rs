@@ -5,10 +5,12 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use node::ApiKey;
 use node::config::{ByteSize, Duration};
 use types::Priority;
 
 use crate::cache::CacheCommand;
+use crate::key::KeyCommand;
 use crate::output::Format;
 use crate::pull::PullArgs;
 use crate::route::RouteCommand;
@@ -30,6 +32,16 @@ pub(crate) struct Arguments {
         default_value = "127.0.0.1:50051"
     )]
     pub(crate) router: String,
+    /// Key that the router asks for.
+    #[arg(
+        long,
+        global = true,
+        env = "PERIGEE_API_KEY",
+        hide_env_values = true,
+        value_name = "KEY",
+        value_parser = |key: &str| ApiKey::new(key)
+    )]
+    pub(crate) api_key: Option<ApiKey>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -75,6 +87,9 @@ pub(crate) enum Command {
     /// Models on this machine
     #[command(subcommand)]
     Model(ModelCommand),
+    /// Keys of a router's callers
+    #[command(subcommand)]
+    Key(KeyCommand),
     /// Print the configuration that a role would run with
     Config(ConfigArgs),
 }

@@ -14,11 +14,11 @@ use std::time::Duration;
 use client::{Cache, Store};
 use futures::{StreamExt, stream};
 use serde_json::{Value, json};
-use types::{Error, ErrorCode, NodeRecord};
+use types::{Error, ErrorCode};
 
-use crate::generate::inference;
 use crate::nodes;
 use crate::output::{self, Format};
+use crate::reach::{Reached, Router};
 pub(crate) use flags::CacheCommand;
 use flags::{EvictArgs, PinArgs, TopArgs, UnpinArgs, WarmArgs};
 use prompt::Prompt;
@@ -29,7 +29,7 @@ const ASKED_MAX: usize = 32;
 const WARM_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Runs one of the commands.
-pub(crate) async fn run(command: CacheCommand, router: &str, format: Format) -> anyhow::Result<()> {
+pub(crate) async fn run(command: CacheCommand, router: &Router, format: Format) -> anyhow::Result<()> {
     let members = members(router).await?;
     match command {
         CacheCommand::Stats => stats(&members, format).await,
@@ -49,10 +49,9 @@ pub(crate) async fn run(command: CacheCommand, router: &str, format: Format) -> 
     }
 }
 
-async fn stats(members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
+async fn stats(members: &[Reached], format: Format) -> anyhow::Result<()> {
     let answers = ask(members, async |record| {
-        let channel = node::channel(&record.grpc_endpoint)?;
-        Store::new(channel).stats().await
+        Store::new(record.channel()?).stats().await
     })
     .await;
     if format == Format::Json {
@@ -128,7 +127,7 @@ async fn stats(members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
     tenants::print(&answers)
 }
 
-async fn top(flags: &TopArgs, members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
+async fn top(flags: &TopArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
     let members = chosen(members, flags.node.as_deref())?;
     let (count, coldest) = (flags.count, flags.coldest);
     let answers = ask(&members, async |record| cache(&record)?.top(count, coldest).await).await;
@@ -168,7 +167,7 @@ async fn top(flags: &TopArgs, members: &[NodeRecord], format: Format) -> anyhow:
     Ok(output::print_table(&table)?)
 }
 
-async fn locate(prompt: &Prompt, members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
+async fn locate(prompt: &Prompt, members: &[Reached], format: Format) -> anyhow::Result<()> {
     let answers = ask(members, async |record| {
         cache(&record)?.locate(&prompt.chain).await
     })
@@ -205,7 +204,7 @@ async fn locate(prompt: &Prompt, members: &[NodeRecord], format: Format) -> anyh
     Ok(output::print_table(&table)?)
 }
 
-async fn pin(flags: &PinArgs, members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
+async fn pin(flags: &PinArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
     let prompt = Prompt::read(&flags.prompt, members).await?;
     let holder = match &flags.node {
         Some(id) => find(members, id)?.clone(),
@@ -231,7 +230,7 @@ async fn pin(flags: &PinArgs, members: &[NodeRecord], format: Format) -> anyhow:
     Ok(())
 }
 
-async fn unpin(flags: &UnpinArgs, members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
+async fn unpin(flags: &UnpinArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
     let record = find(members, &flags.node)?;
     if !cache(record)?.unpin(flags.pin_id).await? {
         let message = format!("{} has no pin {}", record.id, flags.pin_id);
@@ -244,7 +243,7 @@ async fn unpin(flags: &UnpinArgs, members: &[NodeRecord], format: Format) -> any
     Ok(())
 }
 
-async fn pins(members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
+async fn pins(members: &[Reached], format: Format) -> anyhow::Result<()> {
     let answers = ask(members, async |record| cache(&record)?.list_pins().await).await;
     let pins = answers
         .iter()
@@ -280,7 +279,7 @@ async fn pins(members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
     Ok(output::print_table(&table)?)
 }
 
-async fn evict(flags: &EvictArgs, members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
+async fn evict(flags: &EvictArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
     let prompt = match flags.all {
         true => None,
         false => Some(Prompt::read(&flags.prompt, members).await?),
@@ -309,10 +308,10 @@ async fn evict(flags: &EvictArgs, members: &[NodeRecord], format: Format) -> any
     Ok(output::print_table(&table)?)
 }
 
-async fn warm(flags: &WarmArgs, members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
+async fn warm(flags: &WarmArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
     let prompt = Prompt::read(&flags.prompt, members).await?;
     let to = find(members, &flags.to)?;
-    let others: Vec<NodeRecord> = members
+    let others: Vec<Reached> = members
         .iter()
         .filter(|record| record.id != to.id)
         .cloned()
@@ -353,7 +352,7 @@ async fn warm(flags: &WarmArgs, members: &[NodeRecord], format: Format) -> anyho
     Ok(())
 }
 
-async fn verify(node: Option<&str>, members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
+async fn verify(node: Option<&str>, members: &[Reached], format: Format) -> anyhow::Result<()> {
     let members = chosen(members, node)?;
     let bar = output::step_bar("verify");
     let mut nodes: Vec<(String, client::Verification)> = Vec::new();
@@ -402,15 +401,15 @@ async fn verify(node: Option<&str>, members: &[NodeRecord], format: Format) -> a
 
 /// Asks the nodes at once, in their order. Those that do not answer are said on stderr and left out.
 async fn ask<T>(
-    members: &[NodeRecord],
-    question: impl AsyncFn(NodeRecord) -> Result<T, Error>,
-) -> Vec<(NodeRecord, T)> {
+    members: &[Reached],
+    question: impl AsyncFn(Reached) -> Result<T, Error>,
+) -> Vec<(Reached, T)> {
     let question = &question;
     let answers = stream::iter(members.to_vec()).map(|record| async move {
         let answer = question(record.clone()).await;
         (record, answer)
     });
-    let answers: Vec<(NodeRecord, Result<T, Error>)> = answers.buffered(ASKED_MAX).collect().await;
+    let answers: Vec<(Reached, Result<T, Error>)> = answers.buffered(ASKED_MAX).collect().await;
     let mut good = Vec::with_capacity(answers.len());
     for (record, answer) in answers {
         match answer {
@@ -422,28 +421,29 @@ async fn ask<T>(
 }
 
 /// A client of the node's cache.
-fn cache(record: &NodeRecord) -> Result<Cache, Error> {
-    let channel = node::channel(&record.grpc_endpoint)?;
+fn cache(record: &Reached) -> Result<Cache, Error> {
+    let channel = record.channel()?;
     let root = record.kv_space.as_ref().map(types::KvSpace::root);
     Ok(Cache::new(channel, root.unwrap_or_default()))
 }
 
 /// The nodes that have pools.
-async fn members(router: &str) -> anyhow::Result<Vec<NodeRecord>> {
-    let status = inference(router)?.cluster_status().await?;
+async fn members(router: &Router) -> anyhow::Result<Vec<Reached>> {
+    let status = router.inference()?.cluster_status().await?;
     let records = status.nodes.into_iter().map(|node| node.record);
-    Ok(records.filter(nodes::has_pool).collect())
+    let with_pools = records.filter(nodes::has_pool);
+    Ok(with_pools.map(|record| router.reached(record)).collect())
 }
 
 /// One node, or all of them.
-fn chosen(members: &[NodeRecord], id: Option<&str>) -> Result<Vec<NodeRecord>, Error> {
+fn chosen(members: &[Reached], id: Option<&str>) -> Result<Vec<Reached>, Error> {
     match id {
         None => Ok(members.to_vec()),
         Some(id) => Ok(vec![find(members, id)?.clone()]),
     }
 }
 
-fn find<'a>(members: &'a [NodeRecord], id: &str) -> Result<&'a NodeRecord, Error> {
+fn find<'a>(members: &'a [Reached], id: &str) -> Result<&'a Reached, Error> {
     members
         .iter()
         .find(|record| record.id.as_str() == id)
@@ -473,6 +473,6 @@ fn confirm(what: &str) -> anyhow::Result<()> {
 }
 
 /// A number of things that a JSON document says.
-fn count_json(imported: u64, held: u64, node: &NodeRecord) -> Value {
+fn count_json(imported: u64, held: u64, node: &Reached) -> Value {
     json!({ "node": node.id, "imported_blocks": imported, "held_blocks": held })
 }

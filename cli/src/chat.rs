@@ -10,9 +10,10 @@ use rustyline::{Config, Editor};
 use crate::arguments::ChatArgs;
 use crate::generate::{self, Generated};
 use crate::output::{self, Format};
+use crate::reach::Router;
 
 /// Reads messages and prints answers until the input ends.
-pub(crate) async fn run(arguments: ChatArgs, router: &str, format: Format) -> anyhow::Result<()> {
+pub(crate) async fn run(arguments: ChatArgs, router: &Router, format: Format) -> anyhow::Result<()> {
     let mut editor: Editor<(), MemHistory> = Editor::with_history(Config::default(), MemHistory::new())?;
     let mut messages: Vec<v1::ChatMessage> = Vec::new();
     messages.extend(arguments.system.iter().map(|system| message("system", system)));
@@ -47,7 +48,7 @@ pub(crate) async fn run(arguments: ChatArgs, router: &str, format: Format) -> an
 
 async fn answer(
     arguments: &ChatArgs,
-    router: &str,
+    router: &Router,
     format: Format,
     messages: &[v1::ChatMessage],
 ) -> anyhow::Result<Generated> {

@@ -2,8 +2,9 @@
 //!
 //! Findings are grouped in the order in which one thing rests on the other. A failure is what keeps the cluster from
 //! working as it was set up; a warning is what could be better; each says what to do. The judgement is pure
-//! (`cluster.rs`, `host.rs`, and of a request `chat.rs`); this file asks, prints, and gives the exit code.
+//! (`cluster.rs`, `host.rs`, `certificates.rs`, and of a request `chat.rs`); this file asks, prints, and gives the exit code.
 
+mod certificates;
 mod chat;
 mod cluster;
 mod host;
@@ -11,20 +12,21 @@ mod host;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use client::TransferMover;
+use futures::{StreamExt, stream};
 use node::config::Loaded;
-use node::task;
+use node::{ApiKey, Tls, task, tls};
 use serde::Serialize;
 use serde_json::json;
 use transfer::{TcpTransport, Transport};
 use types::{Epoch, Error};
 
 use crate::arguments::CheckArgs;
-use crate::generate::inference;
-use crate::nodes;
+use crate::nodes::{self, Answered};
 use crate::output::{self, Format};
+use crate::reach::Router;
 use crate::settings::{self, Settings};
 
 /// The exit code where something is wrong; the codes of failing commands start at 64.
@@ -126,17 +128,16 @@ fn merge(findings: Vec<Finding>) -> Vec<Finding> {
 }
 
 /// Checks, prints, and fails with [`Unhealthy`] where something is wrong.
-pub(crate) async fn run(arguments: CheckArgs, router: &str, format: Format) -> anyhow::Result<()> {
+pub(crate) async fn run(
+    arguments: CheckArgs,
+    address: &str,
+    key: Option<&ApiKey>,
+    format: Format,
+) -> anyhow::Result<()> {
     let findings = if arguments.pre {
         before(&arguments).await?
     } else {
-        let mut findings = cluster::judge(&ask(router).await?);
-        if let Some(url) = arguments.chat {
-            let (asked, tokens) = (url.clone(), arguments.chat_tokens);
-            let answer = task::blocking("chat", move || chat::ask(&asked, tokens)).await?;
-            findings.push(chat::judge(&url, &answer));
-        }
-        findings
+        of_cluster(&arguments, address, key).await?
     };
     let findings = merge(findings);
     let count = |level| findings.iter().filter(|finding| finding.level == level).count();
@@ -189,18 +190,72 @@ fn subjects(subjects: &[String]) -> String {
     }
 }
 
+/// Checks the cluster, by what this machine needs to reach it first.
+async fn of_cluster(
+    arguments: &CheckArgs,
+    address: &str,
+    key: Option<&ApiKey>,
+) -> anyhow::Result<Vec<Finding>> {
+    let settings = settings::load_for_command(&arguments.settings)?.value.tls;
+    let (tls, mut findings) = own_certificate(&settings);
+    if tls.is_none() && settings.is_on() {
+        // Nobody can be asked without it.
+        return Ok(findings);
+    }
+    let router = Router::with_tls(address, tls, key);
+    let answers = ask(&router).await?;
+    if let Some(tls) = router.tls() {
+        findings.extend(certificates_of(tls, &answers.nodes).await);
+    }
+    findings.extend(cluster::judge(&answers));
+    if let Some(url) = &arguments.chat {
+        let (asked, tokens) = (url.clone(), arguments.chat_tokens);
+        let door = chat::Door::new(settings, router.key());
+        let answer = task::blocking("chat", move || chat::ask(&asked, &door, tokens)).await?;
+        findings.push(chat::judge(url, &answer));
+    }
+    Ok(findings)
+}
+
+/// What this machine connects with, and what there is to say of it.
+fn own_certificate(settings: &tls::Config) -> (Option<Tls>, Vec<Finding>) {
+    if !settings.is_on() {
+        return (None, Vec::new());
+    }
+    let loaded = Tls::load(settings);
+    let read = loaded.as_ref().map(Tls::expires).map_err(Clone::clone);
+    let certificate = &settings.certificate;
+    // A client without one has nothing to be judged but whether its authority can be read.
+    let finding = if certificate.is_empty() && read.is_ok() {
+        Vec::new()
+    } else {
+        vec![certificates::judge_own(certificate, &read, SystemTime::now())]
+    };
+    (loaded.ok(), finding)
+}
+
+/// Connects to every node once more, for what it shows.
+async fn certificates_of(tls: &Tls, nodes: &[Answered]) -> Vec<Finding> {
+    let shown = stream::iter(nodes).map(|node| async move {
+        let record = &node.record;
+        let expires = tls.peer_expires(&record.grpc_endpoint).await;
+        certificates::judge_peer(record.id.as_str(), &expires, SystemTime::now())
+    });
+    shown.buffered(nodes::ASKED_MAX).collect().await
+}
+
 /// Asks the router, then every node.
-async fn ask(router: &str) -> anyhow::Result<cluster::Answers> {
+async fn ask(router: &Router) -> anyhow::Result<cluster::Answers> {
     let asked = Instant::now();
-    let status = inference(router)?.cluster_status().await;
+    let status = router.inference()?.cluster_status().await;
     let records: Vec<_> = status
         .iter()
         .flat_map(|status| status.nodes.iter().map(|node| node.record.clone()))
         .collect();
     let took = asked.elapsed();
-    let (nodes, transfers) = tokio::join!(nodes::ask(&records), nodes::describe(&records));
+    let (nodes, transfers) = tokio::join!(nodes::ask(router, &records), nodes::describe(router, &records));
     Ok(cluster::Answers {
-        router: router.to_owned(),
+        router: router.to_string(),
         status,
         took,
         nodes,
@@ -213,6 +268,8 @@ async fn before(arguments: &CheckArgs) -> anyhow::Result<Vec<Finding>> {
     let loaded = settings::load_for_command(&arguments.settings)?;
     let mut findings = judge_settings(&loaded);
     let settings = loaded.value;
+    findings.extend(own_certificate(&settings.tls).1);
+    findings.extend(judge_keys(&settings));
     let facts = task::blocking("host-facts", || node::host::read(Path::new("/"))).await?;
     let facts = types::HostFacts {
         gid_index: node::host::gid_index(&settings.transfer.ucx_config().settings),
@@ -268,6 +325,31 @@ fn judge_settings(loaded: &Loaded<Settings>) -> Vec<Finding> {
         });
     }
     findings
+}
+
+/// What the file of keys is worth.
+fn judge_keys(settings: &Settings) -> Option<Finding> {
+    const GROUP: &str = "keys";
+    let file = &settings.router.api_keys_file;
+    if file.is_empty() {
+        return None;
+    }
+    let keys = router::Guard::new(&settings.router, settings.tls.is_on());
+    Some(match (keys, settings.tls.is_on()) {
+        (Err(error), _) => Finding::failed(
+            GROUP,
+            "",
+            error.message,
+            "perigee key new makes the lines of router.api_keys_file",
+        ),
+        (Ok(_), false) => Finding::warning(
+            GROUP,
+            "",
+            "API keys travel in the clear, and the nodes' own ports ask nobody for one",
+            "set up [tls], or let nobody but the routers reach the nodes: docs/security.md",
+        ),
+        (Ok(_), true) => Finding::passed(GROUP, "", format!("the keys in {file} can be read")),
+    })
 }
 
 /// What a node with these settings could move bytes with here: it is tried, as a node does.

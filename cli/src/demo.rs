@@ -3,12 +3,14 @@
 
 use std::io::Write;
 
+use node::ApiKey;
 use proto::v1;
 
 use crate::arguments::{DemoArgs, SettingFlags, UpArgs};
 use crate::chat::message;
 use crate::generate::{self, Generated};
 use crate::output::{self, Format};
+use crate::reach::Router;
 use crate::up::Cluster;
 
 /// The opening of "Around the World in Eighty Days" (public domain).
@@ -27,7 +29,7 @@ const QUESTIONS: [&str; 3] = [
 const ANSWER_TOKENS_MAX: u64 = 64;
 
 /// Starts the cluster, runs the requests, prints, and ends the cluster, also where a request failed.
-pub(crate) async fn run(arguments: DemoArgs, format: Format) -> anyhow::Result<()> {
+pub(crate) async fn run(arguments: DemoArgs, key: Option<&ApiKey>, format: Format) -> anyhow::Result<()> {
     // A decode node would prefill the short turns by itself, which is quicker on one machine and shows less.
     let disaggregate = "router.local_prefill_tokens_max=0".to_owned();
     let up = UpArgs {
@@ -48,8 +50,8 @@ pub(crate) async fn run(arguments: DemoArgs, format: Format) -> anyhow::Result<(
         "starting a router, {} prefill and {} decode nodes",
         up.prefill, up.decode
     );
-    let mut cluster = Cluster::start(up, true).await?;
-    let router = cluster.grpc().to_owned();
+    let mut cluster = Cluster::start(up, key, true).await?;
+    let router = cluster.router().clone();
     let result = tokio::select! {
         result = requests(&router, format) => result,
         error = cluster.failed() => Err(error),
@@ -78,7 +80,7 @@ impl Served {
     }
 }
 
-async fn requests(router: &str, format: Format) -> anyhow::Result<Vec<Served>> {
+async fn requests(router: &Router, format: Format) -> anyhow::Result<Vec<Served>> {
     let mut served = Vec::new();
     let mut messages = vec![message("system", SYSTEM)];
     heading(format, "A conversation of three turns");
@@ -111,7 +113,7 @@ fn heading(format: Format, text: &str) {
 }
 
 async fn ask(
-    router: &str,
+    router: &Router,
     format: Format,
     question: &str,
     messages: &[v1::ChatMessage],

@@ -11,6 +11,7 @@ use types::FinishReason;
 
 use crate::arguments::{GenerateArgs, SamplingArgs};
 use crate::output::{self, Format};
+use crate::reach::Router;
 
 /// A prompt from stdin larger than this is no prompt.
 const STDIN_BYTES_MAX: u64 = 16 << 20;
@@ -18,7 +19,7 @@ const STDIN_BYTES_MAX: u64 = 16 << 20;
 const DEADLINE: Duration = Duration::from_secs(600);
 
 /// Generates and prints.
-pub(crate) async fn run(arguments: GenerateArgs, router: &str, format: Format) -> anyhow::Result<()> {
+pub(crate) async fn run(arguments: GenerateArgs, router: &Router, format: Format) -> anyhow::Result<()> {
     let prompt = match arguments.prompt.as_str() {
         "-" => {
             let mut text = String::new();
@@ -130,11 +131,11 @@ pub(crate) fn sampling(arguments: &SamplingArgs) -> v1::Sampling {
 
 /// Runs a request to its end, passing text on as it comes.
 pub(crate) async fn stream(
-    router: &str,
+    router: &Router,
     request: v1::GenerateRequest,
     mut on_text: impl FnMut(&str) -> anyhow::Result<()>,
 ) -> anyhow::Result<Generated> {
-    let mut events = inference(router)?.generate(request, DEADLINE).await?;
+    let mut events = router.inference()?.generate(request, DEADLINE).await?;
     let (mut text, mut tokens) = (String::new(), Vec::new());
     while let Some(event) = events.next().await? {
         match event {
@@ -160,9 +161,4 @@ pub(crate) async fn stream(
         }
     }
     Err(types::Error::internal("the stream went on after its end").into())
-}
-
-/// A client of the router.
-pub(crate) fn inference(router: &str) -> anyhow::Result<client::Inference> {
-    Ok(client::Inference::new(node::channel(router)?))
 }

@@ -9,10 +9,12 @@ mod chat;
 mod check;
 mod demo;
 mod generate;
+mod key;
 mod node_admin;
 mod nodes;
 mod output;
 mod pull;
+mod reach;
 mod roles;
 mod route;
 mod settings;
@@ -27,6 +29,7 @@ use clap::Parser;
 use types::ErrorCode;
 
 use arguments::{Arguments, Command, ModelCommand, TransferCommand};
+use reach::Router;
 
 fn main() -> ExitCode {
     // Before there are threads. That there are none is a property of this function, so the result says nothing.
@@ -72,28 +75,34 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 fn run(arguments: Arguments) -> anyhow::Result<()> {
     let Arguments {
         output,
-        router,
+        router: address,
+        api_key,
         command,
     } = arguments;
+    let key = api_key.as_ref();
+    let router = || Router::new(&address, key);
     match command {
         Command::Router(flags) => roles::run(types::Role::Router, &flags),
         Command::Prefill(flags) => roles::run(types::Role::Prefill, &flags),
         Command::Decode(flags) => roles::run(types::Role::Decode, &flags),
         Command::Store(flags) => roles::run(types::Role::Store, &flags),
-        Command::Up(flags) => block_on(up::run(flags, output)),
-        Command::Demo(flags) => block_on(demo::run(flags, output)),
-        Command::Chat(flags) => block_on(chat::run(flags, &router, output)),
-        Command::Generate(flags) => block_on(generate::run(flags, &router, output)),
-        Command::Status => block_on(status::cluster(&router, output)),
-        Command::Check(flags) => block_on(check::run(flags, &router, output)),
-        Command::Transfer(TransferCommand::List) => block_on(transfers::list(&router, output)),
-        Command::Transfer(TransferCommand::Test(flags)) => block_on(transfers::test(flags, &router, output)),
-        Command::Cache(command) => block_on(cache::run(command, &router, output)),
-        Command::Route(command) => block_on(route::run(command, &router, output)),
+        Command::Up(flags) => block_on(up::run(flags, key, output)),
+        Command::Demo(flags) => block_on(demo::run(flags, key, output)),
+        Command::Chat(flags) => block_on(chat::run(flags, &router()?, output)),
+        Command::Generate(flags) => block_on(generate::run(flags, &router()?, output)),
+        Command::Status => block_on(status::cluster(&router()?, output)),
+        Command::Check(flags) => block_on(check::run(flags, &address, key, output)),
+        Command::Transfer(TransferCommand::List) => block_on(transfers::list(&router()?, output)),
+        Command::Transfer(TransferCommand::Test(flags)) => {
+            block_on(transfers::test(flags, &router()?, output))
+        }
+        Command::Cache(command) => block_on(cache::run(command, &router()?, output)),
+        Command::Route(command) => block_on(route::run(command, &router()?, output)),
         Command::Sim(command) => sim::run(command, output),
-        Command::Node(command) => block_on(node_admin::run(command, &router, output)),
+        Command::Node(command) => block_on(node_admin::run(command, &router()?, output)),
         Command::Model(ModelCommand::Pull(flags)) => pull::pull(&flags, output),
         Command::Model(ModelCommand::List) => pull::list(output),
+        Command::Key(command) => key::run(command, output),
         Command::Config(flags) => settings::show(&flags, output),
     }
 }

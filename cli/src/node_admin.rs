@@ -10,16 +10,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use client::{Node, NodeStatus};
 use serde_json::json;
-use types::{Error, ErrorCode};
+use types::{Error, ErrorCode, NodeRecord};
 
 use crate::arguments::{NodeCommand, NodeTarget, SettingFlags};
-use crate::generate::inference;
 use crate::output::{self, Format};
+use crate::reach::Router;
 use crate::settings::{self, NodeSettings};
 use crate::status;
 
 /// Runs one of the commands.
-pub(crate) async fn run(command: NodeCommand, router: &str, format: Format) -> anyhow::Result<()> {
+pub(crate) async fn run(command: NodeCommand, router: &Router, format: Format) -> anyhow::Result<()> {
     match command {
         NodeCommand::List => status::nodes(router, format).await,
         NodeCommand::Show { node } => show::run(&node, router, format).await,
@@ -28,14 +28,14 @@ pub(crate) async fn run(command: NodeCommand, router: &str, format: Format) -> a
     }
 }
 
-async fn resume(target: &NodeTarget, router: &str, format: Format) -> anyhow::Result<()> {
+async fn resume(target: &NodeTarget, router: &Router, format: Format) -> anyhow::Result<()> {
     let (node, id) = match &target.node {
         Some(id) => {
             let members = members(router).await?;
             let record = &find(&members, id)?.record;
-            (connect(&record.grpc_endpoint)?, record.id.clone())
+            (connect(router, record)?, record.id.clone())
         }
-        None => this_node(target).await?,
+        None => this_node(target, router).await?,
     };
     node.resume().await?;
     if format == Format::Json {
@@ -46,8 +46,8 @@ async fn resume(target: &NodeTarget, router: &str, format: Format) -> anyhow::Re
 }
 
 /// The nodes as the router sees them.
-async fn members(router: &str) -> anyhow::Result<Vec<NodeStatus>> {
-    Ok(inference(router)?.cluster_status().await?.nodes)
+async fn members(router: &Router) -> anyhow::Result<Vec<NodeStatus>> {
+    Ok(router.inference()?.cluster_status().await?.nodes)
 }
 
 fn find<'a>(members: &'a [NodeStatus], id: &str) -> Result<&'a NodeStatus, Error> {
@@ -59,18 +59,18 @@ fn find<'a>(members: &'a [NodeStatus], id: &str) -> Result<&'a NodeStatus, Error
     })
 }
 
-fn connect(endpoint: &str) -> Result<Node, Error> {
-    Ok(Node::new(node::channel(endpoint)?))
+fn connect(router: &Router, record: &NodeRecord) -> Result<Node, Error> {
+    Ok(Node::new(router.channel_to(record)?))
 }
 
 /// The node whose settings these are, asked for its name.
-async fn this_node(target: &NodeTarget) -> anyhow::Result<(Node, types::NodeId)> {
+async fn this_node(target: &NodeTarget, router: &Router) -> anyhow::Result<(Node, types::NodeId)> {
     let flags = SettingFlags {
         config: target.config.clone(),
         ..SettingFlags::default()
     };
     let address = own_address(&settings::load_for_command(&flags)?.value.node)?;
-    let node = connect(&address.to_string())?;
+    let node = router.node_at(&address.to_string())?;
     let id = node.info().await?.record.id;
     Ok((node, id))
 }

@@ -4,8 +4,10 @@ use client::{Node, NodeInfo, Transfer, TransferDescription};
 use futures::{StreamExt, stream};
 use types::{Error, NodeRecord};
 
+use crate::reach::Router;
+
 /// Nodes that are asked at a time.
-const ASKED_MAX: usize = 32;
+pub(crate) const ASKED_MAX: usize = 32;
 
 /// What a node that has a pool says of its transfers.
 #[derive(Debug)]
@@ -28,19 +30,19 @@ pub(crate) fn has_pool(record: &NodeRecord) -> bool {
 }
 
 /// Asks every node that has a pool how it moves KV. In the order of `records`.
-pub(crate) async fn describe(records: &[NodeRecord]) -> Vec<Described> {
+pub(crate) async fn describe(router: &Router, records: &[NodeRecord]) -> Vec<Described> {
     let asked = records.iter().filter(|record| has_pool(record)).cloned();
     let answers = stream::iter(asked).map(|record| async move {
-        let said = async { transfer(&record)?.describe().await }.await;
+        let said = async { transfer(router, &record)?.describe().await }.await;
         Described { record, said }
     });
     answers.buffered(ASKED_MAX).collect().await
 }
 
 /// Asks every node who it is, and whether it takes requests. In the order of `records`.
-pub(crate) async fn ask(records: &[NodeRecord]) -> Vec<Answered> {
+pub(crate) async fn ask(router: &Router, records: &[NodeRecord]) -> Vec<Answered> {
     let answers = stream::iter(records.to_vec()).map(|record| async move {
-        let node = node::channel(&record.grpc_endpoint).map(Node::new);
+        let node = router.channel_to(&record).map(Node::new);
         let (info, serving) = match node {
             Ok(node) => tokio::join!(node.info(), node.serving()),
             Err(error) => (Err(error.clone()), Err(error)),
@@ -55,6 +57,6 @@ pub(crate) async fn ask(records: &[NodeRecord]) -> Vec<Answered> {
 }
 
 /// A client of the node's transfers.
-pub(crate) fn transfer(record: &NodeRecord) -> Result<Transfer, Error> {
-    Ok(Transfer::new(node::channel(&record.grpc_endpoint)?))
+pub(crate) fn transfer(router: &Router, record: &NodeRecord) -> Result<Transfer, Error> {
+    Ok(Transfer::new(router.channel_to(record)?))
 }

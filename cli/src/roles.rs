@@ -14,12 +14,15 @@ use std::time::SystemTime;
 use anyhow::Context;
 use node::registry::{self, Registry};
 use node::serve::Server;
-use node::{Identity, Listeners, Metrics, Readiness, Shutdown, identity, task};
+use node::tls::ClientCertificates;
+use node::{Channels, Connector, Identity, Listeners, Metrics, Readiness, Shutdown, Tls, identity, task};
+use router::Guard;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::service::Routes;
 use types::{Error, ErrorCode, NodeRecord, Role};
 
 use crate::arguments::RoleArgs;
+use crate::reach;
 use crate::settings::{self, Settings};
 
 /// A condition of readiness: the cluster knows this node.
@@ -34,6 +37,12 @@ pub(crate) fn run(role: Role, flags: &RoleArgs) -> anyhow::Result<()> {
     if role != Role::Router {
         settings.transfer.check_library()?;
     }
+    let tls = reach::load_tls(&settings.tls)?;
+    let guard = match role {
+        Role::Router => Guard::new(&settings.router, tls.is_some())
+            .map_err(|error| Error::invalid("router.api_keys_file", error.message))?,
+        Role::Prefill | Role::Decode | Role::Store => Guard::default(),
+    };
     let model = model_path(&settings)?;
     if flags.check_config {
         return check(&loaded.unknown_keys);
@@ -50,7 +59,8 @@ pub(crate) fn run(role: Role, flags: &RoleArgs) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start the runtime")?;
-    let result = runtime.block_on(serve(role, settings, model, flags.exit_with_parent));
+    let secured = Secured { tls, guard };
+    let result = runtime.block_on(serve(role, settings, model, secured, flags.exit_with_parent));
     // Tasks that do not end by themselves must not hold the process up.
     runtime.shutdown_background();
     result
@@ -83,6 +93,13 @@ fn model_path(settings: &Settings) -> Result<PathBuf, Error> {
     Ok(path.into())
 }
 
+/// What keeps strangers out.
+struct Secured {
+    tls: Option<Tls>,
+    /// A router's. Nodes have no callers but members.
+    guard: Guard,
+}
+
 /// What every role has once it is bound.
 struct Process {
     settings: Settings,
@@ -91,11 +108,19 @@ struct Process {
     shutdown: Shutdown,
     metrics: Metrics,
     readiness: Readiness,
+    secured: Secured,
+    channels: Channels,
     grpc_address: SocketAddr,
     http_address: SocketAddr,
 }
 
-async fn serve(role: Role, settings: Settings, model: PathBuf, exit_with_parent: bool) -> anyhow::Result<()> {
+async fn serve(
+    role: Role,
+    settings: Settings,
+    model: PathBuf,
+    secured: Secured,
+    exit_with_parent: bool,
+) -> anyhow::Result<()> {
     let shutdown = if exit_with_parent {
         Shutdown::listen_with_parent()?
     } else {
@@ -129,9 +154,12 @@ async fn serve(role: Role, settings: Settings, model: PathBuf, exit_with_parent:
         shutdown: shutdown.clone(),
         metrics: Metrics::new(),
         readiness: Readiness::new([REGISTERED]),
+        channels: Channels::over(Connector::new(secured.tls.clone())),
+        secured,
         grpc_address: listeners.grpc_address(),
         http_address: listeners.http_address(),
     };
+    process.follow_certificates();
     match role {
         Role::Router => workers::router(process, listeners).await?,
         Role::Prefill => workers::prefill(process, listeners).await?,
@@ -161,10 +189,22 @@ impl Process {
         self.settings.node.reached_at(self.http_address.port())
     }
 
+    /// Reads the certificates again when they change.
+    fn follow_certificates(&self) {
+        if let Some(tls) = self.secured.tls.clone() {
+            task::spawn(
+                "certificates",
+                task::OnEnd::Log,
+                tls.follow(self.shutdown.token()),
+            );
+        }
+    }
+
     /// Connects to the registry. It outlives the shutdown's start, so that the node can leave it.
     async fn registry(&self) -> Result<(Arc<dyn Registry>, DropGuard), Error> {
         let settings = &self.settings.registry;
-        let (config, end) = (settings.config(), CancellationToken::new());
+        let connector = Connector::new(self.secured.tls.clone());
+        let (config, end) = (settings.config(connector), CancellationToken::new());
         let registry = registry::connect(&settings.url, &config, end.clone());
         tokio::select! {
             biased;
@@ -185,6 +225,7 @@ impl Process {
             self.readiness.clone(),
             self.metrics.clone(),
         )
+        .tls(self.secured.tls.clone(), ClientCertificates::Required)
         .grpc(routes);
         async move {
             let served = server.run(listeners, end).await;

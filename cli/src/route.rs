@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use types::{Error, ErrorCode};
 
 use crate::output::{self, Format};
+use crate::reach::Router;
 pub(crate) use flags::RouteCommand;
 use flags::{ExplainArgs, ListArgs};
 
@@ -21,8 +22,8 @@ use flags::{ExplainArgs, ListArgs};
 const TEXT_BYTES_MAX: u64 = 16 << 20;
 
 /// Runs one of the commands.
-pub(crate) async fn run(command: RouteCommand, router: &str, format: Format) -> anyhow::Result<()> {
-    let routing = Routing::new(node::channel(router)?);
+pub(crate) async fn run(command: RouteCommand, router: &Router, format: Format) -> anyhow::Result<()> {
+    let routing = Routing::new(router.channel()?);
     match command {
         RouteCommand::Explain(flags) => explain(&flags, &routing, format).await,
         RouteCommand::List(flags) => list(&flags, &routing, format).await,

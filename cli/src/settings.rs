@@ -27,6 +27,7 @@ pub(crate) use transfer::{TransferSettings, Transport};
 pub(crate) struct Settings {
     pub(crate) node: NodeSettings,
     pub(crate) registry: RegistrySettings,
+    pub(crate) tls: node::tls::Config,
     pub(crate) model: ModelSettings,
     pub(crate) kv: KvSettings,
     pub(crate) transfer: TransferSettings,
@@ -121,6 +122,8 @@ impl Settings {
     /// The first setting that cannot be used, by its key.
     pub(crate) fn validate(&self) -> Result<(), Error> {
         self.node.validate()?;
+        self.tls.validate_server()?;
+        self.registry.validate()?;
         self.kv.validate()?;
         self.transfer.validate()?;
         self.store.validate()?;

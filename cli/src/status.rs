@@ -4,16 +4,16 @@ use client::{ClusterStatus, NodeStatus};
 use comfy_table::Table;
 use serde_json::json;
 
-use crate::generate::inference;
 use crate::output::{self, Format};
+use crate::reach::Router;
 
 /// Prints the nodes' load and the router's queue.
-pub(crate) async fn cluster(router: &str, format: Format) -> anyhow::Result<()> {
+pub(crate) async fn cluster(router: &Router, format: Format) -> anyhow::Result<()> {
     let ClusterStatus {
         nodes,
         requests_running,
         requests_waiting,
-    } = inference(router)?.cluster_status().await?;
+    } = router.inference()?.cluster_status().await?;
     if format == Format::Json {
         return output::print_json(&json!({
             "nodes": nodes.iter().map(to_json).collect::<Vec<_>>(),
@@ -58,8 +58,8 @@ pub(crate) async fn cluster(router: &str, format: Format) -> anyhow::Result<()> 
 }
 
 /// Prints who the nodes are and where they are reached.
-pub(crate) async fn nodes(router: &str, format: Format) -> anyhow::Result<()> {
-    let nodes = inference(router)?.cluster_status().await?.nodes;
+pub(crate) async fn nodes(router: &Router, format: Format) -> anyhow::Result<()> {
+    let nodes = router.inference()?.cluster_status().await?.nodes;
     if format == Format::Json {
         return output::print_json(&nodes.iter().map(to_json).collect::<Vec<_>>());
     }

@@ -7,13 +7,13 @@ use serde_json::{Value, json};
 use types::{Error, ErrorCode, NodeRecord};
 
 use crate::arguments::{self, TransferTestArgs};
-use crate::generate::inference;
 use crate::nodes::{self, Described};
 use crate::output::{self, Format};
+use crate::reach::Router;
 
 /// Prints each ordered pair of nodes that have pools, and what each node could use.
-pub(crate) async fn list(router: &str, format: Format) -> anyhow::Result<()> {
-    let described = nodes::describe(&members(router).await?).await;
+pub(crate) async fn list(router: &Router, format: Format) -> anyhow::Result<()> {
+    let described = nodes::describe(router, &members(router).await?).await;
     if format == Format::Json {
         return output::print_json(&list_json(&described));
     }
@@ -71,7 +71,7 @@ fn print_movers(described: &[Described]) -> std::io::Result<()> {
 }
 
 /// Measures between two nodes and prints one row per size and direction.
-pub(crate) async fn test(arguments: TransferTestArgs, router: &str, format: Format) -> anyhow::Result<()> {
+pub(crate) async fn test(arguments: TransferTestArgs, router: &Router, format: Format) -> anyhow::Result<()> {
     let members = members(router).await?;
     let (from, to) = (find(&members, &arguments.from)?, find(&members, &arguments.to)?);
     let duration: Duration = arguments.duration.into();
@@ -88,7 +88,7 @@ pub(crate) async fn test(arguments: TransferTestArgs, router: &str, format: Form
             arguments::TransferDirection::Read => TransferDirection::Read,
         },
     };
-    let mut stream = nodes::transfer(from)?.test(&test).await?;
+    let mut stream = nodes::transfer(router, from)?.test(&test).await?;
     let bar = output::step_bar(&format!("{} -> {}", from.id, to.id));
     let mut measured: Vec<TransferMeasurement> = Vec::new();
     while let Some(measurement) = stream.next().await? {
@@ -214,8 +214,8 @@ fn direction(measurement: &TransferMeasurement) -> &'static str {
     }
 }
 
-async fn members(router: &str) -> anyhow::Result<Vec<NodeRecord>> {
-    let status = inference(router)?.cluster_status().await?;
+async fn members(router: &Router) -> anyhow::Result<Vec<NodeRecord>> {
+    let status = router.inference()?.cluster_status().await?;
     let records = status.nodes.into_iter().map(|node| node.record);
     Ok(records.collect())
 }

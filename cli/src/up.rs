@@ -12,17 +12,19 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, bail};
 use node::registry::Registry;
 use node::registry::embedded;
-use node::{Listeners, Metrics, Readiness, identity, registry};
+use node::tls::ClientCertificates;
+use node::{ApiKey, Connector, Listeners, Metrics, Readiness, Tls, identity, registry};
 use serde::Serialize;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
-use types::{NodeRecord, Role};
+use types::{ErrorCode, NodeRecord, Role};
 
 use crate::arguments::{Precision, SettingFlags, UpArgs};
-use crate::generate::inference;
 use crate::output::{self, Format};
+use crate::reach::{self, Router};
+use crate::settings;
 use child::Plan;
 
 /// Loading a large model takes long; a cluster that is not there by then will not come.
@@ -36,10 +38,10 @@ const GRACE: Duration = Duration::from_secs(15);
 const NODES_MAX: usize = 64;
 
 /// Runs until Ctrl-C, SIGTERM, or a child that cannot be kept running.
-pub(crate) async fn run(arguments: UpArgs, format: Format) -> anyhow::Result<()> {
+pub(crate) async fn run(arguments: UpArgs, key: Option<&ApiKey>, format: Format) -> anyhow::Result<()> {
     let shutdown = node::Shutdown::listen()?;
     let mut cluster = tokio::select! {
-        cluster = Cluster::start(arguments, false) => cluster?,
+        cluster = Cluster::start(arguments, key, false) => cluster?,
         () = shutdown.started() => return Ok(()),
     };
     let ready = cluster.ready();
@@ -106,6 +108,7 @@ struct Started {
 /// A running cluster.
 pub(crate) struct Cluster {
     registry: String,
+    reach: Router,
     router: NodeRecord,
     models: Vec<String>,
     nodes: Vec<Started>,
@@ -117,16 +120,19 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// Starts all processes and waits until the router serves with every node connected. `quiet` keeps the children's
-    /// logs off the terminal.
-    pub(crate) async fn start(arguments: UpArgs, quiet: bool) -> anyhow::Result<Self> {
+    /// Starts all processes and waits until the router serves with every node connected. `key` is shown to the router; `quiet` keeps
+    /// the children's logs off the terminal.
+    pub(crate) async fn start(arguments: UpArgs, key: Option<&ApiKey>, quiet: bool) -> anyhow::Result<Self> {
         check(&arguments)?;
+        let settings = settings::load_for_command(&arguments.settings)?.value;
+        settings.tls.validate_server().map_err(types::Error::from)?;
+        let reach = Router::with_tls("", reach::load_tls(&settings.tls)?, key);
         let end = CancellationToken::new();
         // Everything below ends with this guard if the start fails half way.
         let guard = end.clone().drop_guard();
         let registry = match &arguments.registry {
             Some(url) => url.clone(),
-            None => serve_registry(end.clone()).await?,
+            None => serve_registry(reach.tls().cloned(), end.clone()).await?,
         };
         let program = std::env::current_exe().context("find the perigee binary")?;
         let stop = end.child_token();
@@ -155,13 +161,15 @@ impl Cluster {
             });
         }
         let expected: Vec<String> = nodes.iter().map(|node| node.id.clone()).collect();
-        let ready = ready(&registry, &expected, end.clone());
+        let config = settings.registry.config(Connector::new(reach.tls().cloned()));
+        let ready = ready(&registry, &config, &reach, &expected, end.clone());
         let (router, models) = tokio::select! {
             ready = ready => ready?,
             error = first_failure(&mut children) => return Err(error),
         };
         guard.disarm();
         Ok(Self {
+            reach: reach.at(&router.grpc_endpoint),
             registry,
             router,
             models,
@@ -172,16 +180,17 @@ impl Cluster {
         })
     }
 
-    /// gRPC address of the router.
-    pub(crate) fn grpc(&self) -> &str {
-        &self.router.grpc_endpoint
+    /// How the router is reached.
+    pub(crate) fn router(&self) -> &Router {
+        &self.reach
     }
 
     fn ready(&self) -> Ready<'_> {
         let nodes = self.nodes.iter();
+        let scheme = self.reach.tls().map_or("http", |_| "https");
         Ready {
-            http: format!("http://{}", self.router.http_endpoint),
-            grpc: format!("http://{}", self.router.grpc_endpoint),
+            http: format!("{scheme}://{}", self.router.http_endpoint),
+            grpc: format!("{scheme}://{}", self.router.grpc_endpoint),
             grpc_address: &self.router.grpc_endpoint,
             registry: &self.registry,
             models: self.models.clone(),
@@ -299,15 +308,19 @@ fn child_arguments(arguments: &UpArgs, registry: &str, role: Role, id: &str) -> 
 }
 
 /// Serves the embedded registry on a free port and gives its URL.
-async fn serve_registry(end: CancellationToken) -> anyhow::Result<String> {
+async fn serve_registry(tls: Option<Tls>, end: CancellationToken) -> anyhow::Result<String> {
     let config = node::serve::Config::default();
     let listeners = Listeners::bind(&config).await?;
     let url = format!("perigee://{}", listeners.grpc_address());
     let epoch = identity::epoch(SystemTime::now(), None);
     let service = embedded::Service::new(epoch, end.clone());
     let server = node::serve::Server::new(&config, Readiness::new([]), Metrics::new())
+        .tls(tls.clone(), ClientCertificates::Required)
         .grpc(tonic::service::Routes::new(service.server()));
     tokio::spawn(service.run());
+    if let Some(tls) = tls {
+        tokio::spawn(tls.follow(end.clone()));
+    }
     tokio::spawn(async move {
         if let Err(error) = server.run(listeners, end).await {
             eprintln!("perigee up: the registry failed: {error}");
@@ -319,10 +332,12 @@ async fn serve_registry(end: CancellationToken) -> anyhow::Result<String> {
 /// Waits until every expected node is a member and the router is connected to all of them.
 async fn ready(
     url: &str,
+    config: &registry::Config,
+    reach: &Router,
     expected: &[String],
     end: CancellationToken,
 ) -> anyhow::Result<(NodeRecord, Vec<String>)> {
-    let registry: Arc<dyn Registry> = registry::connect(url, &registry::Config::default(), end).await?;
+    let registry: Arc<dyn Registry> = registry::connect(url, config, end).await?;
     let mut members = registry.watch();
     let all = |members: &registry::Members| {
         expected
@@ -337,14 +352,22 @@ async fn ready(
         }
         () = sleep_until(deadline) => bail!("the nodes did not register within {READY_DEADLINE:?}"),
     };
-    let client = inference(&router.grpc_endpoint)?.with_deadline(STATUS_DEADLINE);
+    let model = router.model.clone();
+    let reach = reach.at(&router.grpc_endpoint);
+    let client = reach.inference()?.with_deadline(STATUS_DEADLINE);
+    let health = reach.node_at(&router.grpc_endpoint)?;
     loop {
-        // A router that does not listen yet is waited for like nodes that have not reported.
-        if let Ok(status) = client.cluster_status().await
-            && serves(&status, expected.len())
-        {
-            let models = client.list_models().await?;
-            return Ok((router, models.into_iter().map(|model| model.name).collect()));
+        let ready = match client.cluster_status().await {
+            Ok(status) => serves(&status, expected.len()),
+            // Whoever has no key of an administrator is told no more than the health.
+            Err(error) if matches!(error.code, ErrorCode::Unauthenticated | ErrorCode::Denied) => {
+                health.serving().await.unwrap_or(false)
+            }
+            // A router that does not listen yet is waited for like nodes that have not reported.
+            Err(_) => false,
+        };
+        if ready {
+            return Ok((router, vec![model]));
         }
         if Instant::now() > deadline {
             bail!("the router did not reach all nodes within {READY_DEADLINE:?}");

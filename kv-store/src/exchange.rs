@@ -18,13 +18,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::future::join_all;
+use node::Channel;
 use node::registry::Members;
 use proto::v1::cache_client::CacheClient;
 use proto::{convert, v1};
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 use types::{BlockHash, NodeRecord};
 
 use crate::cache::{CHAINS_MAX, Cache, Wanted};

@@ -11,11 +11,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use node::Channels;
+use node::{Channel, Channels};
 use proto::v1::kv_store_client::KvStoreClient;
 use proto::{convert, status, v1};
 use tokio::time::{Instant, timeout, timeout_at};
-use tonic::transport::Channel;
 use transfer::{Keep, RemoteRegion, Slice, TransferBatch, TransferError};
 use types::{BlockHash, Checksum, Epoch, Error};
 

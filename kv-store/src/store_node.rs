@@ -102,11 +102,12 @@ pub struct StoreNode {
 }
 
 impl StoreNode {
-    /// Maps the pool and opens the transport. Serves nothing yet.
+    /// Maps the pool and opens the transport. Serves nothing yet. Peers are called over `channels`.
     pub async fn start(
         config: Config,
         space: KvSpace,
         identity: &Identity,
+        channels: Channels,
         metrics: &node::Metrics,
         shutdown: CancellationToken,
     ) -> Result<Self, StartError> {
@@ -136,7 +137,6 @@ impl StoreNode {
             );
             store.mount_objects(opened);
         }
-        let channels = Channels::new();
         Ok(Self {
             service: Service::new(store.clone(), shutdown.clone()),
             cache: Cache::new(

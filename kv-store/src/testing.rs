@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use node::Channels;
+use node::{Channel, Channels};
 use proto::v1::cache_client::CacheClient;
 use proto::v1::kv_store_client::KvStoreClient;
 use proto::v1::transfer_client::TransferClient;
@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Channel, Server};
+use tonic::transport::Server;
 use transfer::mem::Faults;
 use transfer::{HostMemory, MemNetwork, TcpTransport, Transport};
 use types::{BlockHash, BlockId, Epoch, KvDtype, KvLayout, KvSpace, Memory, NodeId, NodeRecord, Role, Token};

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use node::config::{ByteSize, Duration};
+use node::tls;
 use serde::{Deserialize, Serialize};
 use types::{Millis, Priority, Slo};
 
@@ -63,8 +64,31 @@ pub struct Config {
     pub decisions_kept: usize,
     /// Longest body of an HTTP request.
     pub body_bytes_max: ByteSize,
+    /// File of the API keys that count, which is read again when it changes. Empty asks no client for one.
+    pub api_keys_file: String,
+    /// Whether clients must show a certificate of the cluster, where there is TLS.
+    pub client_certificates: ClientCertificates,
     /// What single tenants may ask, by name.
     pub tenants: BTreeMap<String, TenantSettings>,
+}
+
+/// Whether clients must show a certificate of the cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClientCertificates {
+    /// Who shows none is a client like any other.
+    Optional,
+    /// Who shows none may ask for the health alone.
+    Required,
+}
+
+impl From<ClientCertificates> for tls::ClientCertificates {
+    fn from(clients: ClientCertificates) -> Self {
+        match clients {
+            ClientCertificates::Optional => Self::Optional,
+            ClientCertificates::Required => Self::Required,
+        }
+    }
 }
 
 impl Default for Config {
@@ -103,6 +127,10 @@ impl Default for Config {
             decisions_kept: 256,
             // A context of a million tokens as text, or as a JSON list of ids.
             body_bytes_max: ByteSize::from_mib(16),
+            // Whom a cluster on one machine serves, its user knows.
+            api_keys_file: String::new(),
+            // Clients of OpenAI's API have none.
+            client_certificates: ClientCertificates::Optional,
             tenants: BTreeMap::new(),
         }
     }

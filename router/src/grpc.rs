@@ -14,8 +14,10 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 use types::{Error, Millis, Slo};
 
+use crate::access::Caller;
 use crate::dispatch::{Dispatcher, Event, Running};
 use crate::error::RequestError;
+use crate::guard;
 use crate::request::{self, Input, MESSAGES_MAX, MaxTokens};
 
 /// Most tokens of an answer whose request names no limit. Documented in `common.proto`.
@@ -47,7 +49,14 @@ impl Inference for Service {
     ) -> Result<Response<GenerateStream>, Status> {
         let received = Instant::now();
         let time_limit = time_limit(request.metadata());
-        let request = read(&self.dispatcher, request.into_inner(), received, time_limit);
+        let caller = guard::caller(request.extensions().get());
+        let request = read(
+            &self.dispatcher,
+            request.into_inner(),
+            &caller,
+            received,
+            time_limit,
+        );
         let request = request.inspect_err(|error| self.dispatcher.refused(error.code));
         let running = self
             .dispatcher
@@ -136,6 +145,7 @@ fn response(event: WireEvent) -> v1::GenerateResponse {
 fn read(
     dispatcher: &Dispatcher,
     wire: v1::GenerateRequest,
+    caller: &Caller,
     received: Instant,
     time_limit: Option<Duration>,
 ) -> Result<request::Request, Error> {
@@ -173,7 +183,7 @@ fn read(
         sampling,
         max_tokens,
         slo: slo(ttft_slo_ms, tbt_slo_ms),
-        tenant,
+        tenant: caller.tenant(tenant)?,
         priority: convert::priority(&priority)?,
         received,
         time_limit,

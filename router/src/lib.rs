@@ -11,10 +11,12 @@
 //! - [`decisions`]: the last placements with their reasons;
 //! - [`request`] and [`model`]: from what a client says to tokens;
 //! - [`members`]: the streams from the nodes; [`gate`]: waiting for a place; [`dispatch`]: a request's life;
+//! - [`access`]: who may call what; [`guard`]: holds the doors to it;
 //! - `grpc` and `openai`: the two front doors; `routing`: what the router decided, for whoever asks.
 //!
 //! Architecture invariant: the pure modules know neither tokio nor tonic, so the simulator runs them as they are.
 
+pub mod access;
 pub mod admission;
 pub mod cluster;
 pub mod config;
@@ -25,6 +27,7 @@ pub mod entropy;
 pub mod error;
 pub mod gate;
 mod grpc;
+pub mod guard;
 pub mod index;
 pub mod lengths;
 pub mod members;
@@ -44,13 +47,14 @@ use std::time::Duration;
 
 use node::registry::Registry;
 use node::serve::{self, ServeError, Server};
-use node::{Channels, Listeners, Readiness};
+use node::{Channels, Listeners, Readiness, Tls};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-pub use config::{Config, ConfigError};
+pub use config::{ClientCertificates, Config, ConfigError};
 pub use dispatch::Dispatcher;
+pub use guard::Guard;
 pub use model::Model;
 
 use cluster::Cluster;
@@ -76,6 +80,10 @@ pub struct Dependencies {
     pub metrics: node::Metrics,
     /// Told whether requests can be served.
     pub readiness: Readiness,
+    /// Who may call.
+    pub guard: Guard,
+    /// What is served with, if over TLS.
+    pub tls: Option<Tls>,
 }
 
 /// A router.
@@ -86,6 +94,9 @@ pub struct Service {
     node_metrics: node::Metrics,
     metrics: Metrics,
     readiness: Readiness,
+    guard: Guard,
+    tls: Option<Tls>,
+    client_certificates: ClientCertificates,
 }
 
 /// A handle on a router that runs. Clones are one and the same.
@@ -109,6 +120,8 @@ impl Service {
             channels,
             metrics: node_metrics,
             readiness,
+            guard,
+            tls,
         } = dependencies;
         let cluster = SharedCluster::new(Cluster::new(
             model.name(),
@@ -121,12 +134,16 @@ impl Service {
         let metrics = Metrics::register(&node_metrics);
         let members = members::Service::new(registry, cluster.clone(), channels.clone());
         readiness.miss(DECODE_NODE, "no decode node takes requests yet");
+        let client_certificates = config.client_certificates;
         Ok(Self {
             dispatcher: Dispatcher::new(config, model, cluster, channels, metrics.clone()),
             members,
             node_metrics,
             metrics,
             readiness,
+            guard,
+            tls,
+            client_certificates,
         })
     }
 
@@ -156,15 +173,20 @@ impl Service {
             node_metrics,
             metrics,
             readiness,
+            guard,
+            tls,
+            client_certificates,
         } = self;
         let grpc = more
             .add_service(grpc::Service::server(dispatcher.clone()))
             .add_service(routing::Service::server(dispatcher.clone(), shutdown.clone()))
             .add_service(reflection().build_v1()?)
             .add_service(reflection().build_v1alpha()?);
+        let http = openai::routes(dispatcher.clone());
         let server = Server::new(config, readiness.clone(), node_metrics)
-            .grpc(grpc)
-            .http(openai::routes(dispatcher.clone()));
+            .tls(tls, client_certificates.into())
+            .grpc(guard::grpc(grpc, guard.clone(), dispatcher.clone()))
+            .http(guard::http(http, guard.clone(), dispatcher.clone()));
         // Requests that drain still need the nodes' streams.
         let drained = CancellationToken::new();
         let serving = async {
@@ -172,11 +194,12 @@ impl Service {
             drained.cancel();
             result
         };
-        let (result, (), (), ()) = tokio::join!(
+        let (result, (), (), (), Ok(())) = tokio::join!(
             serving,
             members.run(drained.clone()),
             observe(&dispatcher, &metrics, &readiness, &drained),
             make_room(&dispatcher, &drained),
+            guard.follow(drained.clone()),
         );
         Ok(result?)
     }

@@ -29,6 +29,7 @@ use types::{ErrorCode, RequestId};
 
 use crate::dispatch::{Dispatcher, Event, Running};
 use crate::error::RequestError;
+use crate::guard;
 use crate::model::Model;
 use crate::request;
 
@@ -108,6 +109,7 @@ async fn read(
     id: RequestId,
     received: Instant,
 ) -> Result<Call, ApiError> {
+    let caller = guard::caller(request.extensions().get());
     let tenant = match request.headers().get(TENANT) {
         None => String::new(),
         Some(value) => value
@@ -115,6 +117,7 @@ async fn read(
             .map_err(|_| ApiError::invalid("x-perigee-tenant", "x-perigee-tenant is not ASCII text"))?
             .to_owned(),
     };
+    let tenant = caller.tenant(tenant)?;
     let limit = dispatcher.config().body_bytes_max.get();
     let object = body::read(request.into_body(), limit).await?;
     let model = dispatcher.model();
@@ -315,6 +318,11 @@ fn model_object(model: &Model) -> Value {
         "owned_by": "perigee",
         "context_tokens_max": model.context_tokens_max(),
     })
+}
+
+/// The answer to who may not call.
+pub(crate) fn refused(error: types::Error) -> impl IntoResponse {
+    ApiError::from(error)
 }
 
 async fn unknown_route(request: Request<Body>) -> Response {

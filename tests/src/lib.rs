@@ -5,6 +5,7 @@
 #![allow(clippy::disallowed_methods)] // Waiting on a predicate of another process needs a pause between looks.
 
 pub mod cases;
+pub mod certificates;
 pub mod etcd;
 
 use std::fs::File;

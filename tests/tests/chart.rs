@@ -14,10 +14,11 @@ use std::process::{Command, Output, Stdio};
 use engine::fixture::{TinyModel, write_tiny_gguf};
 use rstest::rstest;
 use serde_json::{Value, json};
+use tests::certificates::Authority;
 use tests::{Cluster, perigee, records, root, wait_for_status};
 
 /// Files of `tests/chart/values`, and the chart's own values.
-const MATRIX: [&str; 5] = ["default", "minimal", "external-etcd", "rdma-gpu", "full"];
+const MATRIX: [&str; 6] = ["default", "minimal", "external-etcd", "rdma-gpu", "full", "tls"];
 /// From the oldest that the chart is for (`kubeVersion`) to the newest that is known.
 const KUBERNETES: [&str; 3] = ["1.31", "1.34", "1.37"];
 const RELEASE: &str = "r";
@@ -152,7 +153,7 @@ fn configs(objects: &[Value]) -> BTreeMap<String, toml::Table> {
 
 #[rstest]
 fn every_set_of_values_is_valid_for_both_helms(
-    #[values("default", "minimal", "external-etcd", "rdma-gpu", "full")] values: &str,
+    #[values("default", "minimal", "external-etcd", "rdma-gpu", "full", "tls")] values: &str,
 ) {
     let mut rendered = Vec::new();
     for version in ["tools/helm", "tools/helm3"] {
@@ -174,6 +175,7 @@ fn every_set_of_values_is_valid_for_both_helms(
 #[case::the_name_of_a_policy("config.router.policy=fastest", "policy")]
 #[case::a_size("config.kv.memory=lots", "memory")]
 #[case::what_the_chart_sets("config.node.listen=0.0.0.0", "listen")]
+#[case::a_file_that_the_chart_mounts("config.tls.key=/a", "tls")]
 #[case::a_field_of_kubernetes("defaults.tolerations[0].keyy=gpu", "keyy")]
 #[case::a_setting_of_another_role("prefill.autoscaling.kvUsedPercent=70", "kvUsedPercent")]
 #[case::a_limit_that_no_bucket_has("slo.interTokenLatencySeconds=0.11", "interTokenLatencySeconds")]
@@ -206,6 +208,11 @@ fn a_misspelt_value_fails_the_install(#[case] set: &str, #[case] named: &str) {
 #[case(&["model.volume.type=existingClaim"], "model.volume.existingClaim")]
 #[case(&["decode.autoscaling.kind=hpa"], "metrics.rules")]
 #[case(&["router.httpRoute.enabled=true"], "parentRefs")]
+#[case(&["tls.enabled=true"], "name tls.existingSecret, or enable tls.certManager")]
+#[case(&["tls.enabled=true", "tls.certManager.enabled=true"], "tls.certManager.issuerRef.name")]
+#[case(&["tls.enabled=true", "tls.existingSecret=a", "tls.certManager.enabled=true"], "must be false")]
+#[case(&["etcd.tls.existingSecret=a"], "etcd.enabled must be false")]
+#[case(&["apiKeys.existingSecret=a"], "tests.apiKey.existingSecret")]
 fn what_cannot_work_is_refused_with_what_to_do(#[case] sets: &[&str], #[case] says: &str) {
     let output = run(&mut template("tools/helm", "default", sets), "");
     assert!(!output.status.success(), "{sets:?} is taken");
@@ -296,6 +303,7 @@ fn every_pool_starts_with_its_settings_and_arguments() {
     let folder = tempfile::tempdir().expect("folder");
     let model = folder.path().join("tiny.gguf");
     fs::write(&model, "").expect("write");
+    let secrets = secrets(folder.path());
     for values in MATRIX {
         let objects = render(values, &[]);
         let configs = configs(&objects);
@@ -307,7 +315,9 @@ fn every_pool_starts_with_its_settings_and_arguments() {
             }
             let config = &configs[str_of(pod, "/volumes/0/configMap/name")];
             let file = folder.path().join("perigee.toml");
-            fs::write(&file, toml::to_string(config).expect("toml")).expect("write");
+            let config = toml::to_string(config).expect("toml");
+            // What Kubernetes mounts there lies elsewhere here.
+            fs::write(&file, config.replace("/etc/perigee-", &secrets)).expect("write");
             let mut command = Command::new(perigee());
             let arguments = container["args"].as_array().expect("arguments");
             command.args(arguments.iter().map(|argument| argument.as_str().expect("text")));
@@ -334,6 +344,102 @@ fn every_pool_starts_with_its_settings_and_arguments() {
         }
         assert!(checked >= 3, "{values} has only {checked} workloads");
     }
+}
+
+/// The secrets that the values name, each in a folder of its own, and what their paths begin with.
+fn secrets(folder: &Path) -> String {
+    let authority = Authority::new(folder);
+    let member = authority.member("member", &["r-perigee.ns.svc"]);
+    for (name, files) in [
+        ("tls", ["tls.crt", "tls.key", "ca.crt"]),
+        ("etcd", ["tls.crt", "tls.key", "ca.crt"]),
+    ] {
+        let mounted = folder.join(format!("perigee-{name}"));
+        fs::create_dir(&mounted).expect("a folder");
+        for (file, from) in files
+            .iter()
+            .zip([&member.certificate, &member.key, &member.authority])
+        {
+            fs::copy(from, mounted.join(file)).expect("copied");
+        }
+    }
+    let keys = folder.join("perigee-keys");
+    fs::create_dir(&keys).expect("a folder");
+    let made = ok(Command::new(perigee()).args(["key", "new", "--tenant", "a"]), "");
+    fs::write(
+        keys.join("keys.toml"),
+        made.lines().nth(1).expect("the key's line"),
+    )
+    .expect("written");
+    format!("{}/perigee-", folder.display())
+}
+
+#[test]
+fn every_port_but_that_of_transfers_is_served_and_probed_over_tls() {
+    let objects = render("tls", &[]);
+    let configs = configs(&objects);
+    let certificate = find(&objects, "Certificate", "r-perigee");
+    let names = certificate["spec"]["dnsNames"].as_array().expect("names");
+    let secret = str_of(certificate, "/spec/secretName");
+    let mut seen = 0;
+    for (name, pod) in pods(&objects) {
+        let container = &pod["containers"][0];
+        let mounted = |name: &str| {
+            let mounts = container["volumeMounts"].as_array().expect("mounts").iter();
+            let mount = mounts.clone().find(|mount| mount["name"] == name)?;
+            assert_eq!(mount.get("subPath"), None, "{name} would never change");
+            let volumes = pod["volumes"].as_array().expect("volumes").iter();
+            let volume = volumes
+                .clone()
+                .find(|volume| volume["name"] == name)
+                .expect("a volume");
+            assert_eq!(volume["secret"]["defaultMode"], 0o440);
+            Some((str_of(mount, "/mountPath"), str_of(volume, "/secret/secretName")))
+        };
+        assert_eq!(mounted("tls"), Some(("/etc/perigee-tls", secret)), "{name}");
+        if container["name"] != "perigee" {
+            continue;
+        }
+        for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
+            assert_eq!(container[probe]["httpGet"]["scheme"], "HTTPS", "{name} {probe}");
+        }
+        assert_eq!(mounted("etcd-tls"), Some(("/etc/perigee-etcd", "etcd-client")));
+        let config = &configs[str_of(pod, "/volumes/0/configMap/name")];
+        let router = name.contains("router");
+        assert_eq!(mounted("api-keys").is_some(), router, "{name}");
+        assert_eq!(config.contains_key("router"), router);
+        // Whatever pod is dialled, its certificate bears the name that is expected.
+        let expected = config["tls"]["name"].as_str().expect("a name");
+        assert!(names.iter().any(|name| name == expected));
+        seen += 1;
+    }
+    assert_eq!(seen, 4);
+    // What clients dial is borne, too.
+    for service in ["r-perigee-router", "r-perigee-router.ns.svc", "llm.example.com"] {
+        assert!(names.iter().any(|name| name == service), "{service}");
+    }
+    let test = find(&objects, "Pod", "r-perigee-test-chat");
+    let arguments = test["spec"]["containers"][0]["args"].to_string();
+    assert!(
+        arguments.contains("--chat=https://r-perigee-router:8080"),
+        "{arguments}"
+    );
+    let monitor = find(&objects, "PodMonitor", "r-perigee");
+    let scheme = |index: usize| str_of(monitor, &format!("/spec/podMetricsEndpoints/{index}/scheme"));
+    assert_eq!((scheme(0), scheme(1)), ("https", ""));
+}
+
+#[test]
+fn an_administrators_key_reaches_the_test_where_there_is_no_certificate() {
+    let sets = [
+        "apiKeys.existingSecret=clients",
+        "tests.apiKey.existingSecret=operator",
+    ];
+    let objects = render("default", &sets);
+    let test = find(&objects, "Pod", "r-perigee-test-chat");
+    let variable = &test["spec"]["containers"][0]["env"][0];
+    assert_eq!(variable["name"], "PERIGEE_API_KEY");
+    assert_eq!(str_of(variable, "/valueFrom/secretKeyRef/name"), "operator");
 }
 
 #[test]

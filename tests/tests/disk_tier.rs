@@ -12,12 +12,12 @@ use std::time::Duration;
 
 use engine::fixture::{TinyModel, write_tiny_gguf};
 use kv_store::log::{Batch, BatchKind};
+use node::Channel;
 use proto::v1::kv_store_client::KvStoreClient;
 use proto::{convert, v1};
 use tests::cases::Random;
 use tests::{Cluster, PATIENCE, Process, free_port, perigee, wait_for};
 use tokio::time::{Instant, timeout};
-use tonic::transport::Channel;
 use transfer::{HostMemory, Keep, RemoteRegion, Slice, TcpTransport, TransferBatch, Transport, memory, tcp};
 use twox_hash::XxHash3_64;
 use types::{BlockEvent, BlockHash, Epoch, KvSpace, Tier, Token};

@@ -53,6 +53,7 @@ const PURE: &[&str] = &[
     "router/src/placement.rs",
     "router/src/decisions.rs",
     "router/src/decisions/reason.rs",
+    "router/src/access.rs",
     "router/src/admission.rs",
     "router/src/admission",
     "router/src/lengths.rs",

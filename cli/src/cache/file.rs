@@ -13,12 +13,13 @@ use futures::stream;
 use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use types::{BlockHash, Checksum, Error, ErrorCode, NodeRecord};
+use types::{BlockHash, Checksum, Error, ErrorCode};
 
 use super::flags::{ExportArgs, ImportArgs};
 use super::prompt::Prompt;
 use super::{cache, count_json, find};
 use crate::output::{self, Format};
+use crate::reach::Reached;
 
 /// First line of a file. Older programs refuse a format that they do not know.
 const MAGIC: &str = "perigee kv blocks 1";
@@ -43,7 +44,7 @@ struct Block {
 pub(super) async fn export(
     flags: &ExportArgs,
     prompt: &Prompt,
-    members: &[NodeRecord],
+    members: &[Reached],
     format: Format,
 ) -> anyhow::Result<()> {
     let holder = match &flags.node {
@@ -84,7 +85,7 @@ pub(super) async fn export(
     Ok(())
 }
 
-pub(super) async fn import(flags: &ImportArgs, members: &[NodeRecord], format: Format) -> anyhow::Result<()> {
+pub(super) async fn import(flags: &ImportArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
     let node = find(members, &flags.node)?;
     let file = File::open(&flags.file).map_err(|error| refused(&flags.file, &error))?;
     let mut file = BufReader::new(file);

@@ -6,10 +6,11 @@ use std::path::Path;
 use anyhow::Context;
 use node::task;
 use serde_json::json;
-use types::{BlockHash, Error, ErrorCode, KvSpace, NodeRecord, Token};
+use types::{BlockHash, Error, ErrorCode, KvSpace, Token};
 
 use super::flags::PromptArgs;
 use super::{ask, cache};
+use crate::reach::Reached;
 
 /// A text larger than this is no prompt.
 const TEXT_BYTES_MAX: u64 = 16 << 20;
@@ -26,7 +27,7 @@ pub(super) struct Prompt {
 
 impl Prompt {
     /// Reads what the flags say, for the space of the cluster's nodes.
-    pub(super) async fn read(flags: &PromptArgs, members: &[NodeRecord]) -> anyhow::Result<Self> {
+    pub(super) async fn read(flags: &PromptArgs, members: &[Reached]) -> anyhow::Result<Self> {
         let Some(space) = members.iter().find_map(|record| record.kv_space.clone()) else {
             return Err(Error::new(ErrorCode::NotFound, "the cluster has no node with a pool").into());
         };
@@ -46,7 +47,7 @@ impl Prompt {
     }
 
     /// The node that holds most of it, and how many blocks those are.
-    pub(super) async fn holder(&self, members: &[NodeRecord]) -> Result<(NodeRecord, u64), Error> {
+    pub(super) async fn holder(&self, members: &[Reached]) -> Result<(Reached, u64), Error> {
         let located = ask(members, async |record| cache(&record)?.locate(&self.chain).await).await;
         let most = located.into_iter().max_by_key(|(_, located)| located.held_blocks);
         most.filter(|(_, located)| located.held_blocks > 0)

@@ -2,9 +2,9 @@
 
 use client::StoreStats;
 use serde_json::{Value, json};
-use types::NodeRecord;
 
 use crate::output;
+use crate::reach::Reached;
 
 /// Tenants of a node that are shown as text. JSON has all of them.
 const SHOWN_MAX: usize = 20;
@@ -26,7 +26,7 @@ pub(super) fn to_json(stats: &StoreStats) -> Value {
 }
 
 /// For people: a second table, unless nobody names tenants.
-pub(super) fn print(answers: &[(NodeRecord, StoreStats)]) -> anyhow::Result<()> {
+pub(super) fn print(answers: &[(Reached, StoreStats)]) -> anyhow::Result<()> {
     let is_common = |name: &Option<String>| name.as_deref() == Some("");
     let tenants = || answers.iter().flat_map(|(_, stats)| &stats.tenants);
     if tenants().all(|tenant| is_common(&tenant.name) && tenant.blocks_max.is_none()) {

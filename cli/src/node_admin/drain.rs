@@ -10,6 +10,7 @@ use types::{DrainProgress, Error, ErrorCode, LoadReport, NodeId, Role};
 use super::{connect, find, members, this_node};
 use crate::arguments::DrainArgs;
 use crate::output::{self, Format};
+use crate::reach::Router;
 use crate::status;
 
 /// Between two reports of a node that is waited for.
@@ -29,7 +30,7 @@ enum Seen {
 }
 
 /// Drains, waits if that is asked for, and prints how far it came.
-pub(super) async fn run(flags: &DrainArgs, router: &str, format: Format) -> anyhow::Result<()> {
+pub(super) async fn run(flags: &DrainArgs, router: &Router, format: Format) -> anyhow::Result<()> {
     let (node, id) = match &flags.target.node {
         Some(id) => {
             let members = members(router).await?;
@@ -37,10 +38,10 @@ pub(super) async fn run(flags: &DrainArgs, router: &str, format: Format) -> anyh
             if !flags.force {
                 check_not_last(found, &members)?;
             }
-            (connect(&found.record.grpc_endpoint)?, found.record.id.clone())
+            (connect(router, &found.record)?, found.record.id.clone())
         }
         // Whoever drains it from within is about to end it, so that refusing would only cost its requests their time.
-        None => this_node(&flags.target).await?,
+        None => this_node(&flags.target, router).await?,
     };
     node.drain().await?;
     let state = if flags.wait {

@@ -10,16 +10,17 @@ use types::{Error, ErrorCode, LoadReport, Role};
 use super::drain::left;
 use super::{connect, find, members};
 use crate::output::{self, Format};
+use crate::reach::Router;
 use crate::status::{self, rate};
 
 /// A report comes at once from a node that lives.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Prints one node.
-pub(super) async fn run(id: &str, router: &str, format: Format) -> anyhow::Result<()> {
+pub(super) async fn run(id: &str, router: &Router, format: Format) -> anyhow::Result<()> {
     let members = members(router).await?;
     let known = find(&members, id)?;
-    let asked = ask(known).await;
+    let asked = ask(router, known).await;
     if format == Format::Json {
         let (info, load) = asked
             .as_ref()
@@ -42,8 +43,8 @@ pub(super) async fn run(id: &str, router: &str, format: Format) -> anyhow::Resul
     error.map_or(Ok(()), |error| Err(error.into()))
 }
 
-async fn ask(known: &NodeStatus) -> Result<(NodeInfo, LoadReport), Error> {
-    let node = connect(&known.record.grpc_endpoint)?;
+async fn ask(router: &Router, known: &NodeStatus) -> Result<(NodeInfo, LoadReport), Error> {
+    let node = connect(router, &known.record)?;
     let info = node.info().await?;
     let mut reports = node.watch_load(Duration::ZERO).await?;
     let report = tokio::time::timeout(REPORT_TIMEOUT, reports.next()).await;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use engine::Model;
 use engine::file::ModelFile;
 use kv_store::store_node::{self, StoreNode};
-use node::{Channels, Drainable, Listeners, LoadSource, NodeService, task};
+use node::{Drainable, Listeners, LoadSource, NodeService, task};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use types::{Error, KvSpace, NodeRecord};
@@ -63,7 +63,7 @@ pub(super) async fn prefill(process: Process, listeners: Listeners) -> anyhow::R
             identity: process.identity.clone(),
             model,
             store: pool.store().clone(),
-            channels: Channels::new(),
+            channels: process.channels.clone(),
             metrics: process.metrics.clone(),
         },
     )?;
@@ -106,7 +106,7 @@ pub(super) async fn decode(process: Process, listeners: Listeners) -> anyhow::Re
             identity: process.identity.clone(),
             model,
             store: pool.store().clone(),
-            channels: Channels::new(),
+            channels: process.channels.clone(),
             metrics: process.metrics.clone(),
         },
     )?;
@@ -160,9 +160,11 @@ pub(super) async fn router(process: Process, listeners: Listeners) -> anyhow::Re
     let dependencies = router::Dependencies {
         registry: registry.clone(),
         model: Arc::new(model),
-        channels: Channels::new(),
+        channels: process.channels.clone(),
         metrics: process.metrics.clone(),
         readiness: process.readiness.clone(),
+        guard: process.secured.guard.clone(),
+        tls: process.secured.tls.clone(),
     };
     let service = router::Service::new(process.settings.router.clone(), dependencies)
         .map_err(|error| Error::invalid("router", error.to_string()))?;
@@ -241,7 +243,16 @@ async fn open_pool(process: &Process, space: KvSpace) -> anyhow::Result<StoreNod
         objects: settings.kv.object_config(),
     };
     let shutdown = process.shutdown.token();
-    let pool = StoreNode::start(config, space, &process.identity, &process.metrics, shutdown).await;
+    let channels = process.channels.clone();
+    let pool = StoreNode::start(
+        config,
+        space,
+        &process.identity,
+        channels,
+        &process.metrics,
+        shutdown,
+    )
+    .await;
     Ok(pool.map_err(Error::from)?)
 }
 

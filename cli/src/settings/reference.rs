@@ -45,6 +45,34 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
             ("cluster", "Name of the cluster; several may share one etcd."),
             ("lease_ttl", "How long a node that died stays a member."),
             ("connect_deadline", "How long the start waits for the registry."),
+            (
+                "etcd_authority",
+                "PEM file of the authorities that sign etcd's certificates; empty is an etcd without TLS.",
+            ),
+            (
+                "etcd_certificate",
+                "PEM file of the certificate to show to etcd; empty shows none.",
+            ),
+            ("etcd_key", "PEM file of its private key."),
+        ],
+    ),
+    (
+        "tls",
+        &[
+            (
+                "certificate",
+                "PEM file of this process's certificate, followed by those between it and the authority; empty is no TLS.",
+            ),
+            ("key", "PEM file of its private key."),
+            (
+                "authority",
+                "PEM file of the authorities that sign for this cluster and for nothing else: whoever shows a certificate of \
+                theirs is a member.",
+            ),
+            (
+                "name",
+                "Name that the certificates of all members bear; empty is the host under which each one is reached.",
+            ),
         ],
     ),
     (
@@ -247,6 +275,15 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
                 "Last decisions kept for `perigee route`, some 20 KiB each; at most 4096, and 0: none.",
             ),
             ("body_bytes_max", "Longest body of an HTTP request."),
+            (
+                "api_keys_file",
+                "File of the API keys that count, one line for each (`perigee key new` makes them), which is read again when it \
+                changes; empty asks clients for none.",
+            ),
+            (
+                "client_certificates",
+                "Whether clients must show a certificate of the cluster where there is TLS: `optional` or `required`.",
+            ),
             (
                 "tenants",
                 "A section for each tenant with terms of its own: `[router.tenants.NAME]` with `weight = 2`, its part of the places \

@@ -10,7 +10,8 @@ use kv_store::disk;
 use kv_store::disk::breaker::Limits;
 use kv_store::object;
 use node::config::{ByteSize, Duration};
-use node::telemetry;
+use node::tls::TlsError;
+use node::{Connector, telemetry};
 use serde::{Deserialize, Serialize};
 use transfer::memory::HugePages;
 use types::{Error, NodeId};
@@ -43,7 +44,7 @@ impl Default for NodeSettings {
         let serve = node::serve::Config::default();
         Self {
             id: String::new(),
-            // Nothing authenticates callers: whoever opens a node to a network does so by hand.
+            // Without certificates nothing authenticates callers: whoever opens a node to a network does so by hand.
             listen: IpAddr::from([127, 0, 0, 1]),
             advertise: String::new(),
             grpc_port: 0,
@@ -97,6 +98,9 @@ pub(crate) struct RegistrySettings {
     pub(crate) cluster: String,
     pub(crate) lease_ttl: Duration,
     pub(crate) connect_deadline: Duration,
+    pub(crate) etcd_authority: String,
+    pub(crate) etcd_certificate: String,
+    pub(crate) etcd_key: String,
 }
 
 impl Default for RegistrySettings {
@@ -105,22 +109,44 @@ impl Default for RegistrySettings {
             cluster,
             lease_ttl,
             connect_deadline,
+            connector: _,
+            etcd_tls,
         } = node::registry::Config::default();
         Self {
             url: String::new(),
             cluster,
             lease_ttl: lease_ttl.into(),
             connect_deadline: connect_deadline.into(),
+            etcd_authority: etcd_tls.authority,
+            etcd_certificate: etcd_tls.certificate,
+            etcd_key: etcd_tls.key,
         }
     }
 }
 
 impl RegistrySettings {
-    pub(crate) fn config(&self) -> node::registry::Config {
+    /// Files for an etcd that is reached over TLS. It has an authority of its own: whoever it signs for is no member.
+    fn etcd_tls(&self) -> node::tls::Config {
+        node::tls::Config {
+            certificate: self.etcd_certificate.clone(),
+            key: self.etcd_key.clone(),
+            authority: self.etcd_authority.clone(),
+            name: String::new(),
+        }
+    }
+
+    pub(super) fn validate(&self) -> Result<(), Error> {
+        let refuse = |error: TlsError| Error::from(error.of("registry.etcd_"));
+        self.etcd_tls().validate().map_err(refuse)
+    }
+
+    pub(crate) fn config(&self, connector: Connector) -> node::registry::Config {
         node::registry::Config {
             cluster: self.cluster.clone(),
             lease_ttl: self.lease_ttl.into(),
             connect_deadline: self.connect_deadline.into(),
+            connector,
+            etcd_tls: self.etcd_tls(),
         }
     }
 }

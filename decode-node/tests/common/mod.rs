@@ -12,15 +12,15 @@ use engine::fixture::{TinyModel, write_tiny_gguf};
 use engine::monolith::Monolith;
 use engine::{Model, Precision};
 use kv_store::Store;
-use node::{Channels, Identity, Metrics};
+use node::{Channel, Channels, Identity, Metrics};
 use proto::v1::decode_client::DecodeClient;
 use proto::{convert, status, v1};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
+use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Channel, Server};
 use transfer::{HostMemory, TcpTransport, Transport};
 use types::{Epoch, Error, NodeId, RequestId, Role, SamplingParams, Token};
 

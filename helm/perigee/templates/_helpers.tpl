@@ -88,6 +88,59 @@ capabilities:
 etcd://{{ join "," $endpoints }}
 {{- end }}
 
+{{/* The secret with the pods' certificate. */}}
+{{- define "perigee.tlsSecret" -}}
+{{- $tls := .Values.tls }}
+{{- if and $tls.existingSecret $tls.certManager.enabled }}
+{{- fail "tls.existingSecret names a secret, so tls.certManager.enabled must be false" }}
+{{- else if $tls.certManager.enabled -}}
+{{ include "perigee.fullname" . }}-tls
+{{- else -}}
+{{ required "tls.enabled needs a certificate: name tls.existingSecret, or enable tls.certManager" $tls.existingSecret }}
+{{- end }}
+{{- end }}
+
+{{/* The name that it bears. */}}
+{{- define "perigee.tlsName" -}}
+{{ .Values.tls.name | default (printf "%s.%s.svc" (include "perigee.fullname" .) .Release.Namespace) }}
+{{- end }}
+
+{{/* HTTP or HTTPS. */}}
+{{- define "perigee.scheme" -}}
+{{ ternary "https" "http" .Values.tls.enabled }}
+{{- end }}
+
+{{/* What a container mounts of secrets. Folders, since a file that is mounted alone never changes. */}}
+{{- define "perigee.secretMounts" -}}
+{{- $values := .root.Values }}
+{{- if $values.tls.enabled }}
+- {name: tls, mountPath: /etc/perigee-tls, readOnly: true}
+{{- end }}
+{{- if $values.etcd.tls.existingSecret }}
+- {name: etcd-tls, mountPath: /etc/perigee-etcd, readOnly: true}
+{{- end }}
+{{- if and (eq .role "router") $values.apiKeys.existingSecret }}
+- {name: api-keys, mountPath: /etc/perigee-keys, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{/* Their volumes, for the pod's group alone. */}}
+{{- define "perigee.secretVolumes" -}}
+{{- $values := .root.Values }}
+{{- if $values.tls.enabled }}
+- name: tls
+  secret: {secretName: {{ include "perigee.tlsSecret" .root }}, defaultMode: 288}
+{{- end }}
+{{- with $values.etcd.tls.existingSecret }}
+- name: etcd-tls
+  secret: {secretName: {{ . }}, defaultMode: 288}
+{{- end }}
+{{- if and (eq .role "router") $values.apiKeys.existingSecret }}
+- name: api-keys
+  secret: {secretName: {{ $values.apiKeys.existingSecret }}, defaultMode: 288}
+{{- end }}
+{{- end }}
+
 {{/* A key of TOML: bare where it may be. */}}
 {{- define "perigee.tomlKey" -}}
 {{- if regexMatch "^[A-Za-z0-9_-]+$" . }}{{ . }}{{ else }}{{ . | toJson }}{{ end }}
@@ -177,6 +230,24 @@ perigee/pool: {{ .pool }}
   "model" (dict "path" (include "perigee.modelPath" .root)) }}
 {{- if $values.model.name }}
 {{- $_ := set $own.model "name" $values.model.name }}
+{{- end }}
+{{- if $values.tls.enabled }}
+{{- $_ := set $own "tls" (dict
+  "certificate" "/etc/perigee-tls/tls.crt"
+  "key" "/etc/perigee-tls/tls.key"
+  "authority" "/etc/perigee-tls/ca.crt"
+  "name" (include "perigee.tlsName" .root)) }}
+{{- end }}
+{{- if $values.etcd.tls.existingSecret }}
+{{- if $values.etcd.enabled }}{{ fail "etcd.tls is for another etcd, so etcd.enabled must be false" }}{{ end }}
+{{- $_ := set $own.registry "etcd_authority" "/etc/perigee-etcd/ca.crt" }}
+{{- if $values.etcd.tls.clientCertificate }}
+{{- $_ := set $own.registry "etcd_certificate" "/etc/perigee-etcd/tls.crt" }}
+{{- $_ := set $own.registry "etcd_key" "/etc/perigee-etcd/tls.key" }}
+{{- end }}
+{{- end }}
+{{- if and (eq .role "router") $values.apiKeys.existingSecret }}
+{{- $_ := set $own "router" (dict "api_keys_file" (printf "/etc/perigee-keys/%s" $values.apiKeys.key)) }}
 {{- end }}
 {{- $config := deepCopy .spec.config }}
 {{- if eq .role "router" }}

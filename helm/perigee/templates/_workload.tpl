@@ -132,7 +132,7 @@ containers:
       {{- end }}
     {{- range $probe, $path := dict "startup" "/livez" "liveness" "/livez" "readiness" "/readyz" }}
     {{ $probe }}Probe:
-      httpGet: {path: {{ $path }}, port: http}
+      httpGet: {path: {{ $path }}, port: http{{ if $values.tls.enabled }}, scheme: HTTPS{{ end }}}
       {{- toYaml (index $spec.probes $probe) | nindent 6 }}
     {{- end }}
     {{- if $spec.drain.enabled }}
@@ -156,6 +156,9 @@ containers:
     volumeMounts:
       - {name: config, mountPath: /etc/perigee, readOnly: true}
       - {name: model, mountPath: /models, readOnly: true}
+      {{- with include "perigee.secretMounts" . | trim }}
+      {{- . | nindent 6 }}
+      {{- end }}
       {{- if $disk }}
       - {name: disk, mountPath: /var/lib/perigee}
       {{- end }}
@@ -167,6 +170,9 @@ volumes:
     configMap: {name: {{ .name }}}
   - name: model
     {{- include "perigee.modelVolume" $root | trim | nindent 4 }}
+  {{- with include "perigee.secretVolumes" . | trim }}
+  {{- . | nindent 2 }}
+  {{- end }}
   {{- if and $disk (ne $spec.kind "StatefulSet") }}
   - name: disk
     ephemeral:

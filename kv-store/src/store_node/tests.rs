@@ -20,6 +20,7 @@ async fn start(capacity_bytes: usize, shutdown: &CancellationToken) -> Result<St
         config,
         space(),
         &identity(),
+        Channels::new(),
         &node::Metrics::new(),
         shutdown.clone(),
     )

@@ -7,12 +7,12 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
+use node::Channel;
 use proto::v1;
 use proto::v1::transfer_client::TransferClient;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 use tonic::{Response, Status};
 use transfer::{Keep, RemoteRegion, Slice, TransferBatch};
 use types::{Epoch, Error, ErrorCode};

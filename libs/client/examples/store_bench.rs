@@ -158,7 +158,15 @@ async fn serve(block_bytes: usize, pool_bytes: usize, choice: Choice) -> Result<
     };
     let shutdown = CancellationToken::new();
     let metrics = node::Metrics::new();
-    let store = StoreNode::start(config, space, &identity, &metrics, shutdown.clone()).await?;
+    let store = StoreNode::start(
+        config,
+        space,
+        &identity,
+        node::Channels::new(),
+        &metrics,
+        shutdown.clone(),
+    )
+    .await?;
     println!("{}", serde_json::to_string(&store.record(&identity, "", "", ""))?);
     let running = tokio::spawn(store.run());
     node::task::blocking("standard-input", || std::io::stdin().lines().for_each(drop)).await?;

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use futures::Stream;
+use node::Channel;
 use proto::v1::cache_client::CacheClient;
 use proto::{convert, v1};
 use tokio::time::Instant;
 use tonic::Streaming;
-use tonic::transport::Channel;
 use types::{BlockHash, Checksum, Error};
 
 use crate::call::{self, UNARY_DEADLINE};

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
+use node::Channel;
 use proto::v1;
 use proto::v1::decode_client::DecodeClient;
 use proto::v1::decode_event::Event;
 use tokio::time::Instant;
 use tonic::Streaming;
-use tonic::transport::Channel;
 use types::{Error, FinishReason};
 
 use crate::call;

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
+use node::Channel;
 use proto::v1;
 use proto::v1::generate_response::Event;
 use proto::v1::inference_client::InferenceClient;
 use tokio::time::Instant;
 use tonic::Streaming;
-use tonic::transport::Channel;
 use types::{Error, FinishReason, LoadReport, NodeRecord, RequestId};
 
 use crate::call::{self, UNARY_DEADLINE};

@@ -16,6 +16,7 @@ mod routing;
 mod store;
 mod transfer;
 
+pub use self::node::{LoadStream, Node, NodeInfo};
 pub use blocks::{Blocks, Buffer, Place};
 pub use cache::{
     Cache, ExportStream, ExportedChain, Located, PinnedChain, RankedBlock, Verification, VerifyStream,
@@ -23,7 +24,6 @@ pub use cache::{
 pub use call::UNARY_DEADLINE;
 pub use decode::{Decode, DecodeEvent, DecodeStream};
 pub use inference::{ClusterStatus, GenerateEvent, GenerateStream, Inference, NodeStatus};
-pub use node::{LoadStream, Node, NodeInfo};
 pub use routing::{Decision, DecisionStream, PlacementCandidate, PlacementSource, Routing};
 pub use store::{Acquired, LogBatch, LogStream, RemoteBlock, RemoteRegion, Reserved, Store, StoreStats};
 pub use transfer::{

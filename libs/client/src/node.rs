@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
+use node::Channel;
 use proto::v1;
 use proto::v1::node_client::NodeClient;
 use tonic::Streaming;
-use tonic::transport::Channel;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
+use node::Channel;
 use proto::v1;
 use proto::v1::routing_client::RoutingClient;
 use tonic::Streaming;
-use tonic::transport::Channel;
 use types::{Error, RequestId};
 
 use crate::call::{self, UNARY_DEADLINE};

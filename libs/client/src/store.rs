@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
+use node::Channel;
 use proto::v1;
 use proto::v1::kv_store_client::KvStoreClient;
 use tonic::Streaming;
-use tonic::transport::Channel;
 use types::{BlockEvent, BlockHash, Checksum, Epoch, Error, Generation, LeaseId};
 
 use crate::call::{self, UNARY_DEADLINE};

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
+use node::Channel;
 use proto::v1;
 use proto::v1::transfer_client::TransferClient;
 use tokio::time::Instant;
 use tonic::Streaming;
-use tonic::transport::Channel;
 use types::{Error, HostFacts};
 
 use crate::call::{self, UNARY_DEADLINE};

@@ -5,6 +5,7 @@ use std::time::Duration;
 use client::{Decode, DecodeEvent, GenerateEvent, Inference, Store};
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
+use node::Channel;
 use proto::v1;
 use proto::v1::decode_server::DecodeServer;
 use proto::v1::inference_server::InferenceServer;
@@ -12,7 +13,7 @@ use proto::v1::kv_store_server::{KvStore, KvStoreServer};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::service::Routes;
-use tonic::transport::{Channel, Endpoint, Server};
+use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 use types::{
     BlockEvent, BlockHash, Checksum, Epoch, Error, ErrorCode, FinishReason, Generation, LeaseId, LoadReport,
@@ -33,9 +34,7 @@ async fn serve(services: Routes) -> Channel {
 }
 
 fn channel(address: &str) -> Channel {
-    Endpoint::from_shared(format!("http://{address}"))
-        .expect("an address")
-        .connect_lazy()
+    node::channel(address).expect("an address")
 }
 
 /// Sends these events, and then ends or hangs.

@@ -9,6 +9,7 @@
 //! - [`identity`]: who this process is, and which start of it; [`host`]: what the machine offers for transfers;
 //! - [`registry`]: who else is there (etcd, or embedded in `perigee up`);
 //! - [`mod@channel`]: connections to peers that notice when a partition has healed;
+//! - [`tls`]: certificates, for what is served and what is called; [`reload`]: files that are read again when they change;
 //! - [`serve`]: listeners, gRPC, HTTP, health, and draining;
 //! - [`service`]: the `perigee.v1.Node` service;
 //! - [`shutdown`] and [`task`]: how a process ends, and what may end it;
@@ -22,15 +23,18 @@ pub mod host;
 pub mod identity;
 pub mod metrics;
 pub mod registry;
+pub mod reload;
 pub mod serve;
 pub mod service;
 pub mod shutdown;
 pub mod task;
 pub mod telemetry;
+pub mod tls;
 
-pub use channel::{Channels, channel};
+pub use channel::{ApiKey, Channel, Channels, Connector, channel};
 pub use identity::Identity;
 pub use metrics::Metrics;
 pub use serve::{Listeners, Readiness};
 pub use service::{Drainable, LoadSource, NodeService};
 pub use shutdown::Shutdown;
+pub use tls::Tls;

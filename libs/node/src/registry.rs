@@ -36,7 +36,8 @@ use types::{Error, ErrorCode, NodeId, NodeRecord};
 pub use keeper::{Registration, State};
 pub use table::{MemberTable, NODES_MAX};
 
-use crate::identity;
+use crate::channel::Connector;
+use crate::{identity, tls};
 
 /// Shortest lease: below, a process that a busy machine held up for a moment would be taken for dead.
 pub const LEASE_TTL_MIN: Duration = Duration::from_millis(200);
@@ -50,7 +51,7 @@ pub(crate) const RETRY_FIRST: Duration = Duration::from_millis(50);
 pub(crate) const RETRY_LONGEST: Duration = Duration::from_secs(2);
 
 /// How to take part.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Config {
     /// Clusters that share one etcd are kept apart by their names.
     pub cluster: String,
@@ -58,6 +59,10 @@ pub struct Config {
     pub lease_ttl: Duration,
     /// How long [`connect`] and [`Registry::register`] wait for a registry that does not answer.
     pub connect_deadline: Duration,
+    /// Connects to the embedded registry.
+    pub connector: Connector,
+    /// Files for an etcd that is reached over TLS, which has an authority of its own.
+    pub etcd_tls: tls::Config,
 }
 
 impl Default for Config {
@@ -68,6 +73,8 @@ impl Default for Config {
             lease_ttl: Duration::from_secs(10),
             // An etcd that elects a leader answers within some seconds.
             connect_deadline: Duration::from_secs(15),
+            connector: Connector::default(),
+            etcd_tls: tls::Config::default(),
         }
     }
 }
@@ -168,6 +175,8 @@ fn check(config: &Config) -> Result<(), RegistryError> {
         cluster,
         lease_ttl,
         connect_deadline: _,
+        connector: _,
+        etcd_tls: _,
     } = config;
     identity::node_id(cluster)
         .map_err(|_| RegistryError::Config(format!("cluster name {cluster:?} cannot be part of a key")))?;

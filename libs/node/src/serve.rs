@@ -9,6 +9,7 @@
 //!
 //! Elsewhere: what is served (the roles), message size limits (on each service, from [`proto::MESSAGE_BYTES_MAX`]).
 
+mod incoming;
 mod readiness;
 
 use std::convert::Infallible;
@@ -21,22 +22,24 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
-use axum::serve::ListenerExt;
 use futures::FutureExt;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use types::ErrorCode;
 
+pub use incoming::Peer;
 pub use readiness::Readiness;
+
+use incoming::{Incoming, Secure};
 
 use crate::channel::{KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT};
 use crate::config;
 use crate::metrics::Metrics;
+use crate::tls::{ClientCertificates, Tls};
 
 /// Calls that one connection may have open. A router has one connection to each node and one call per request.
 pub const STREAMS_PER_CONNECTION_MAX: u32 = 4096;
@@ -152,6 +155,7 @@ pub struct Server {
     http: axum::Router,
     readiness: Readiness,
     metrics: Metrics,
+    tls: Option<(Tls, ClientCertificates)>,
     drain_deadline: Duration,
 }
 
@@ -163,8 +167,17 @@ impl Server {
             http: axum::Router::new(),
             readiness,
             metrics,
+            tls: None,
             drain_deadline: config.drain_deadline.into(),
         }
+    }
+
+    /// Serves both sides over TLS. `clients` is for gRPC: HTTP demands no certificate of anyone, since Kubernetes, which asks for
+    /// health there, has none.
+    #[must_use]
+    pub fn tls(mut self, tls: Option<Tls>, clients: ClientCertificates) -> Self {
+        self.tls = tls.map(|tls| (tls, clients));
+        self
     }
 
     /// Serves these gRPC services: `Routes::new(a).add_service(b)`.
@@ -193,14 +206,25 @@ impl Server {
             http,
             readiness,
             metrics,
+            tls,
             drain_deadline,
         } = self;
+        let (grpc_tls, http_tls) = secure(tls);
         let admin = admin_routes(readiness.clone(), metrics);
         // A failure of one side is a reason for the other one to end, but not for the whole process's token:
         // that is the caller's to decide.
         let ending = shutdown.child_token();
-        let grpc = serve_grpc(listeners.grpc, grpc, readiness.clone(), ending.clone());
-        let http = serve_http(listeners.http, http.merge(admin), ending.clone());
+        let grpc = serve_grpc(
+            Incoming::new(listeners.grpc, grpc_tls),
+            grpc,
+            readiness.clone(),
+            ending.clone(),
+        );
+        let http = serve_http(
+            Incoming::new(listeners.http, http_tls),
+            http.merge(admin),
+            ending.clone(),
+        );
         let failure = OnceLock::new();
         let note = |result: Result<(), ServeError>| {
             if let Err(error) = result {
@@ -227,22 +251,34 @@ impl Server {
     }
 }
 
+/// What the two sides make connections with.
+fn secure(tls: Option<(Tls, ClientCertificates)>) -> (Secure, Secure) {
+    const HAS_CERTIFICATE: &str = "who serves over TLS was checked to have a certificate";
+    let Some((tls, clients)) = tls else {
+        return (None, None);
+    };
+    let http = tls.clone();
+    (
+        Some(Box::new(move || tls.grpc_server(clients).expect(HAS_CERTIFICATE))),
+        Some(Box::new(move || http.http_server().expect(HAS_CERTIFICATE))),
+    )
+}
+
 async fn serve_grpc(
-    listener: TcpListener,
+    incoming: Incoming,
     services: Routes,
     readiness: Readiness,
     ending: CancellationToken,
 ) -> Result<(), ServeError> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", ServingStatus::NotServing).await;
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let server = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
         .http2_max_header_list_size(HEADER_BYTES_MAX)
         .max_concurrent_streams(STREAMS_PER_CONNECTION_MAX)
         .add_routes(services.add_service(health))
-        .serve_with_incoming_shutdown(incoming, ending.clone().cancelled_owned());
+        .serve_with_incoming_shutdown(incoming.into_stream(), ending.clone().cancelled_owned());
     // Health is reported until the server has ended, since it is asked for during the drain most of all.
     tokio::select! {
         result = server => result.map_err(ServeError::Grpc),
@@ -284,15 +320,11 @@ async fn report_health(
 }
 
 async fn serve_http(
-    listener: TcpListener,
+    incoming: Incoming,
     routes: axum::Router,
     ending: CancellationToken,
 ) -> Result<(), ServeError> {
-    let listener = listener.tap_io(|stream| {
-        // A token must not wait for the acknowledgement of the one before. A failure costs latency only.
-        let _ = stream.set_nodelay(true);
-    });
-    axum::serve(listener, routes)
+    axum::serve(incoming, routes.into_make_service_with_connect_info::<Peer>())
         .with_graceful_shutdown(ending.cancelled_owned())
         .await
         .map_err(ServeError::Http)

@@ -140,7 +140,7 @@ impl PrefillNode {
 pub(crate) struct DecodeSide {
     pub(crate) store: Store,
     pub(crate) transport: Arc<TcpTransport>,
-    client: PrefillClient<tonic::transport::Channel>,
+    client: PrefillClient<node::Channel>,
 }
 
 impl DecodeSide {

@@ -46,7 +46,8 @@ impl ApiError {
 
 impl From<Error> for ApiError {
     fn from(error: Error) -> Self {
-        Self::new(error)
+        let name = (error.code == ErrorCode::Unauthenticated).then_some("invalid_api_key");
+        Self { error, name }
     }
 }
 
@@ -73,6 +74,11 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.error.code.http()).expect("every code has a valid status");
         let mut response = (status, axum::Json(self.body())).into_response();
+        if self.error.code == ErrorCode::Unauthenticated {
+            response
+                .headers_mut()
+                .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if let Some(ms) = self.error.retry_after_ms {
             // The header counts in seconds; a client that comes a little late is fine, one that comes early is not.
             let seconds = HeaderValue::from(ms.div_ceil(1000).max(1));
@@ -84,8 +90,10 @@ impl IntoResponse for ApiError {
 
 fn kind(code: ErrorCode) -> &'static str {
     match code {
-        ErrorCode::Invalid | ErrorCode::NotFound | ErrorCode::Conflict => "invalid_request_error",
-        ErrorCode::Unauthenticated => "authentication_error",
+        // As OpenAI has it, a key that does not count is one more mistake of the request.
+        ErrorCode::Invalid | ErrorCode::NotFound | ErrorCode::Conflict | ErrorCode::Unauthenticated => {
+            "invalid_request_error"
+        }
         ErrorCode::Denied => "permission_error",
         ErrorCode::Overloaded => "rate_limit_error",
         ErrorCode::Timeout => "timeout_error",

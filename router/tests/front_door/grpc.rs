@@ -1,11 +1,11 @@
 //! What a gRPC client sees.
 
 use futures::StreamExt;
+use node::Channel;
 use proto::v1;
 use proto::v1::generate_request::Input;
 use proto::v1::generate_response::Event;
 use proto::v1::inference_client::InferenceClient;
-use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_reflection::pb::v1::ServerReflectionRequest;
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;

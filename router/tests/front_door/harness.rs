@@ -444,6 +444,7 @@ impl Router {
         let registry = Arc::new(FixedRegistry {
             members: watch::Sender::new(Arc::default()),
         });
+        let guard = router::Guard::new(&config, false).expect("readable keys");
         let service = Service::new(
             config,
             Dependencies {
@@ -452,6 +453,8 @@ impl Router {
                 channels: Channels::new(),
                 metrics: node::Metrics::new(),
                 readiness: Readiness::new([]),
+                guard,
+                tls: None,
             },
         );
         let service = service.expect("a valid configuration");

@@ -1,5 +1,6 @@
 //! The router's two front doors, with nodes that are scripted at the RPC border and everything else real.
 
+mod access;
 mod failover;
 mod grpc;
 mod harness;

@@ -26,7 +26,7 @@ const FAST: KeepAlive = KeepAlive {
 #[case("localhost:0")]
 #[case("localhost:65536")]
 #[case("local host:80")]
-#[case("https://localhost:80")]
+#[case("https://localhost")]
 fn an_endpoint_that_is_no_address_is_refused(#[case] endpoint: &str) {
     let error = configure(endpoint, KEEP_ALIVE).expect_err("must be refused");
     assert_eq!(error.code, ErrorCode::Invalid);
@@ -46,7 +46,7 @@ fn an_endpoint_becomes_a_url(#[case] endpoint: &str, #[case] url: &str) {
 
 #[tokio::test]
 async fn the_channel_that_was_unused_for_longest_is_dropped() {
-    let channels = Channels::with_capacity(2);
+    let channels = Channels::with_capacity(Connector::default(), 2);
     for endpoint in ["a:1", "b:1", "a:1", "c:1"] {
         channels.clone().get(endpoint).expect("is an address");
     }

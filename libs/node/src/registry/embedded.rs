@@ -14,14 +14,13 @@ use proto::v1::registry_server::{Registry, RegistryServer};
 use tokio::sync::{Notify, watch};
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 use types::{Epoch, LeaseId, NodeRecord};
 
 use super::table::MemberTable;
 use super::view::Change;
 use super::{Alive, Backend, CALL_DEADLINE, Config, RegistryError, Session};
-use crate::channel::channel;
+use crate::channel::Channel;
 
 /// The service. Clones are one and the same.
 #[derive(Debug, Clone)]
@@ -181,7 +180,8 @@ pub(super) struct Embedded {
 
 impl Embedded {
     pub(super) fn new(host: &str, config: &Config) -> Result<Self, RegistryError> {
-        let channel = channel(host).map_err(|error| RegistryError::Config(error.message))?;
+        let channel = config.connector.channel(host);
+        let channel = channel.map_err(|error| RegistryError::Config(error.message))?;
         Ok(Self {
             address: format!("perigee://{host}").into(),
             channel,

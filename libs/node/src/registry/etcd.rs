@@ -4,15 +4,16 @@
 //! key: what nodes must agree on is checked against the living members, in one transaction with the registration
 //! ([`EtcdSession::register`]).
 //!
-//! After any failure the client is made anew, so that no state of a broken connection is carried on.
+//! After any failure the client is made anew, so that no state of a broken connection is carried on. Over TLS it reads its
+//! certificate again then.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{
-    Client, Compare, CompareOp, ConnectOptions, EventType, GetOptions, KeyValue, LeaseKeepAliveStream,
-    LeaseKeeper, PutOptions, Txn, TxnOp, WatchOptions,
+    Certificate, Client, Compare, CompareOp, ConnectOptions, EventType, GetOptions, Identity, KeyValue,
+    LeaseKeepAliveStream, LeaseKeeper, PutOptions, TlsOptions, Txn, TxnOp, WatchOptions,
 };
 use types::{Error, NodeId, NodeRecord};
 
@@ -20,6 +21,7 @@ use super::embedded::read_record;
 use super::view::Change;
 use super::{Alive, Backend, CALL_DEADLINE, Config, RegistryError, Session, rules};
 use crate::channel::CONNECT_TIMEOUT;
+use crate::{reload, task, tls};
 
 /// How often a connection with an open stream is probed. etcd refuses clients that ask more often than every 5 s
 /// (`--grpc-keepalive-min-time`).
@@ -39,16 +41,21 @@ pub(super) struct Etcd {
     /// Ends in a slash.
     prefix: Arc<str>,
     lease_ttl: Duration,
+    tls: tls::Config,
 }
 
 impl Etcd {
     pub(super) fn new(hosts: &str, config: &Config) -> Result<Self, RegistryError> {
         let parsed: Result<Vec<_>, _> = hosts.split(',').map(host).collect();
+        let tls = config.etcd_tls.clone();
+        tls.validate()
+            .map_err(|error| RegistryError::Config(error.of("registry.etcd_").to_string()))?;
         Ok(Self {
             address: format!("etcd://{hosts}").into(),
             hosts: parsed?.into(),
             prefix: format!("/perigee/{}/nodes/", config.cluster).into(),
             lease_ttl: config.lease_ttl,
+            tls,
         })
     }
 
@@ -60,8 +67,28 @@ impl Etcd {
             .with_keep_alive_while_idle(false)
             // A member of etcd that lost its peers must say so rather than answer with what was true once.
             .with_require_leader(true);
+        let options = match self.tls.is_on() {
+            true => options.with_tls(self.tls_options().await?),
+            false => options,
+        };
         let client = Client::connect(&self.hosts[..], Some(options)).await;
         client.map_err(|error| self.failed(&error))
+    }
+
+    async fn tls_options(&self) -> Result<TlsOptions, RegistryError> {
+        let paths = self.tls.paths();
+        let files = task::blocking("etcd-tls", move || reload::read(&paths))
+            .await
+            .flatten();
+        let mut files = files
+            .map_err(|error| self.unreachable(error.message))?
+            .into_iter();
+        let authority = files.next().unwrap_or_default();
+        let options = TlsOptions::new().ca_certificate(Certificate::from_pem(authority));
+        Ok(match (files.next(), files.next()) {
+            (Some(certificate), Some(key)) => options.identity(Identity::from_pem(certificate, key)),
+            (Some(_) | None, _) => options,
+        })
     }
 
     fn failed(&self, error: &etcd_client::Error) -> RegistryError {

@@ -4,12 +4,12 @@ use std::time::Instant;
 
 use proto::v1::node_client::NodeClient;
 use tonic::service::Routes;
-use tonic::transport::Channel;
 use types::{Epoch, NodeId, Role};
 
 use super::*;
 use crate::serve::{Config, Listeners, Readiness, Server};
-use crate::{Metrics, channel};
+use crate::tls::ClientCertificates;
+use crate::{Channel, Metrics, Tls, channel};
 
 /// A node that does nothing, on a free port, until it is dropped.
 pub(crate) struct IdleNode {
@@ -25,6 +25,10 @@ impl Drop for IdleNode {
 }
 
 pub(crate) async fn idle_node() -> IdleNode {
+    idle_node_over(None, ClientCertificates::Required).await
+}
+
+pub(crate) async fn idle_node_over(tls: Option<Tls>, clients: ClientCertificates) -> IdleNode {
     struct Idle;
     impl LoadSource for Idle {
         fn load(&self) -> LoadReport {
@@ -53,7 +57,9 @@ pub(crate) async fn idle_node() -> IdleNode {
     let drained = Arc::new(AtomicBool::new(false));
     let drain = Arc::new(Flag(Arc::clone(&drained)));
     let service = NodeService::new(record(address), Arc::new(Idle), drain, shutdown.clone());
-    let server = Server::new(&config, Readiness::new([]), Metrics::new()).grpc(Routes::new(service.server()));
+    let server = Server::new(&config, Readiness::new([]), Metrics::new())
+        .tls(tls, clients)
+        .grpc(Routes::new(service.server()));
     tokio::spawn(server.run(listeners, shutdown.clone()));
     IdleNode {
         address,
