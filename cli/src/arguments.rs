@@ -93,6 +93,23 @@ pub(crate) enum NodeCommand {
     Drain(DrainArgs),
     /// Let a node that was drained take requests again
     Resume(NodeTarget),
+    /// Show what a node logs, or change it for a while
+    LogLevel(LogLevelArgs),
+}
+
+/// Flags of `node log-level`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct LogLevelArgs {
+    /// Its name.
+    pub(crate) node: String,
+    /// Levels by module, such as `info,kv_store=debug`; without one, what is logged is only shown.
+    pub(crate) filter: Option<String>,
+    /// When the node's own setting holds again; at most a day.
+    #[arg(long = "for", value_name = "TIME", default_value = "10m", requires = "filter")]
+    pub(crate) lasts: Duration,
+    /// Go back to the node's own setting now.
+    #[arg(long, conflicts_with = "filter")]
+    pub(crate) revert: bool,
 }
 
 /// A node to talk to.

@@ -14,6 +14,7 @@ use std::time::SystemTime;
 use anyhow::Context;
 use node::registry::{self, Registry};
 use node::serve::Server;
+use node::telemetry::LogLevels;
 use node::{Identity, Listeners, Metrics, Readiness, Shutdown, identity, task};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::service::Routes;
@@ -45,12 +46,12 @@ pub(crate) fn run(role: Role, flags: &RoleArgs) -> anyhow::Result<()> {
         )
         .into());
     }
-    node::telemetry::init(&settings.log)?;
+    let log_levels = node::telemetry::init(&settings.log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("start the runtime")?;
-    let result = runtime.block_on(serve(role, settings, model, flags.exit_with_parent));
+    let result = runtime.block_on(serve(role, settings, model, log_levels, flags.exit_with_parent));
     // Tasks that do not end by themselves must not hold the process up.
     runtime.shutdown_background();
     result
@@ -89,13 +90,20 @@ struct Process {
     model: PathBuf,
     identity: Identity,
     shutdown: Shutdown,
+    log_levels: LogLevels,
     metrics: Metrics,
     readiness: Readiness,
     grpc_address: SocketAddr,
     http_address: SocketAddr,
 }
 
-async fn serve(role: Role, settings: Settings, model: PathBuf, exit_with_parent: bool) -> anyhow::Result<()> {
+async fn serve(
+    role: Role,
+    settings: Settings,
+    model: PathBuf,
+    log_levels: LogLevels,
+    exit_with_parent: bool,
+) -> anyhow::Result<()> {
     let shutdown = if exit_with_parent {
         Shutdown::listen_with_parent()?
     } else {
@@ -127,6 +135,7 @@ async fn serve(role: Role, settings: Settings, model: PathBuf, exit_with_parent:
         model,
         identity,
         shutdown: shutdown.clone(),
+        log_levels,
         metrics: Metrics::new(),
         readiness: Readiness::new([REGISTERED]),
         grpc_address: listeners.grpc_address(),

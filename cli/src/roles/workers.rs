@@ -208,6 +208,7 @@ fn admin(
     drain: Arc<dyn Drainable>,
 ) -> NodeService {
     NodeService::new(record.clone(), load, drain, process.shutdown.token())
+        .with_log_levels(process.log_levels.clone())
 }
 
 async fn load_model(process: &Process) -> Result<Arc<Model>, Error> {

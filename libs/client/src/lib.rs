@@ -23,7 +23,7 @@ pub use cache::{
 pub use call::UNARY_DEADLINE;
 pub use decode::{Decode, DecodeEvent, DecodeStream};
 pub use inference::{ClusterStatus, GenerateEvent, GenerateStream, Inference, NodeStatus};
-pub use node::{LoadStream, Node, NodeInfo};
+pub use node::{LoadStream, LogChange, LogLevel, Node, NodeInfo};
 pub use routing::{Decision, DecisionStream, PlacementCandidate, PlacementSource, Routing};
 pub use store::{Acquired, LogBatch, LogStream, RemoteBlock, RemoteRegion, Reserved, Store, StoreStats};
 pub use transfer::{
