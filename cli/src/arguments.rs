@@ -11,6 +11,7 @@ use types::Priority;
 use crate::cache::CacheCommand;
 use crate::output::Format;
 use crate::pull::PullArgs;
+use crate::requests::RequestCommand;
 use crate::route::RouteCommand;
 use crate::settings::Transport;
 use crate::sim::SimCommand;
@@ -69,6 +70,9 @@ pub(crate) enum Command {
     /// Where requests were placed, and why
     #[command(subcommand)]
     Route(RouteCommand),
+    /// Requests that run, and the last ones: their way through the cluster
+    #[command(subcommand)]
+    Request(RequestCommand),
     /// Clusters in virtual time
     #[command(subcommand)]
     Sim(SimCommand),

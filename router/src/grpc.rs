@@ -47,7 +47,9 @@ impl Inference for Service {
     ) -> Result<Response<GenerateStream>, Status> {
         let received = Instant::now();
         let time_limit = time_limit(request.metadata());
+        let trace = proto::trace::read(request.metadata());
         let request = read(&self.dispatcher, request.into_inner(), received, time_limit);
+        let request = request.map(|read| request::Request { trace, ..read });
         let request = request.inspect_err(|error| self.dispatcher.refused(error.code));
         let running = self
             .dispatcher
@@ -107,13 +109,13 @@ impl Inference for Service {
 async fn next(mut running: Running) -> Option<(Result<v1::GenerateResponse, Status>, Running)> {
     let event = running.next().await?;
     let item = match event {
-        Ok(Event::Tokens(v1::DecodeTokens { ids, text, logprobs })) => {
-            Ok(response(WireEvent::Tokens(v1::TokenChunk {
-                ids,
-                text,
-                logprobs,
-            })))
-        }
+        Ok(Event::Tokens(v1::DecodeTokens {
+            ids, text, logprobs, ..
+        })) => Ok(response(WireEvent::Tokens(v1::TokenChunk {
+            ids,
+            text,
+            logprobs,
+        }))),
         Ok(Event::Finished {
             reason,
             usage,
@@ -176,6 +178,7 @@ fn read(
         tenant,
         priority: convert::priority(&priority)?,
         received,
+        trace: None,
         time_limit,
     })
 }

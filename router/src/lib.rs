@@ -8,10 +8,12 @@
 //! - [`residents`] and [`lengths`]: how busy decode nodes will be;
 //! - [`placement`] and [`policy`]: where a request goes; [`admission`] and [`tenants`]: whether it may;
 //! - [`cluster`]: all of that together, fed by events;
-//! - [`decisions`]: the last placements with their reasons;
+//! - [`decisions`]: the last placements with their reasons; [`timeline`]: a request's way;
 //! - [`request`] and [`model`]: from what a client says to tokens;
 //! - [`members`]: the streams from the nodes; [`gate`]: waiting for a place; [`dispatch`]: a request's life;
-//! - `grpc` and `openai`: the two front doors; `routing`: what the router decided, for whoever asks.
+//! - [`history`] and [`heat`]: what came of the last minutes' requests, and what prompts begin with;
+//! - `grpc` and `openai`: the two front doors; `routing`: what the router decided, for whoever asks; `requests`: those that run,
+//!   and the last ones; `traces`: their export.
 //!
 //! Architecture invariant: the pure modules know neither tokio nor tonic, so the simulator runs them as they are.
 
@@ -25,6 +27,8 @@ pub mod entropy;
 pub mod error;
 pub mod gate;
 mod grpc;
+pub mod heat;
+pub mod history;
 pub mod index;
 pub mod lengths;
 pub mod members;
@@ -35,9 +39,13 @@ pub mod placement;
 pub mod policy;
 mod recorder;
 pub mod request;
+mod requests;
 pub mod residents;
 mod routing;
 pub mod tenants;
+pub mod timeline;
+pub mod traces;
+mod watchers;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,6 +56,7 @@ use node::{Channels, Listeners, Readiness};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
+use types::NodeId;
 
 pub use config::{Config, ConfigError};
 pub use dispatch::Dispatcher;
@@ -56,6 +65,7 @@ pub use model::Model;
 use cluster::Cluster;
 use members::SharedCluster;
 use metrics::Metrics;
+use watchers::Watchers;
 
 /// A condition of readiness: some decode node takes requests.
 pub const DECODE_NODE: &str = "decode_node";
@@ -76,6 +86,10 @@ pub struct Dependencies {
     pub metrics: node::Metrics,
     /// Told whether requests can be served.
     pub readiness: Readiness,
+    /// Who this router is.
+    pub node_id: NodeId,
+    /// Where traces go.
+    pub traces: traces::Config,
 }
 
 /// A router.
@@ -86,6 +100,7 @@ pub struct Service {
     node_metrics: node::Metrics,
     metrics: Metrics,
     readiness: Readiness,
+    traces: Option<traces::Service>,
 }
 
 /// A handle on a router that runs. Clones are one and the same.
@@ -96,19 +111,22 @@ pub struct Handle {
 }
 
 impl Service {
-    /// A router that does nothing yet.
+    /// A router that does nothing yet. Must be called within a tokio runtime.
     ///
     /// # Errors
     ///
     /// A setting makes no sense.
     pub fn new(config: Config, dependencies: Dependencies) -> Result<Self, ConfigError> {
         config.validate()?;
+        dependencies.traces.validate()?;
         let Dependencies {
             registry,
             model,
             channels,
             metrics: node_metrics,
             readiness,
+            node_id,
+            traces: traces_config,
         } = dependencies;
         let cluster = SharedCluster::new(Cluster::new(
             model.name(),
@@ -121,12 +139,18 @@ impl Service {
         let metrics = Metrics::register(&node_metrics);
         let members = members::Service::new(registry, cluster.clone(), channels.clone());
         readiness.miss(DECODE_NODE, "no decode node takes requests yet");
+        let (exporter, traces) = match traces::start(&traces_config, node_id, metrics.clone())? {
+            Some((exporter, service)) => (Some(exporter), Some(service)),
+            None => (None, None),
+        };
+        let watchers = Watchers::new(exporter, traces_config.sample_ratio);
         Ok(Self {
-            dispatcher: Dispatcher::new(config, model, cluster, channels, metrics.clone()),
+            dispatcher: Dispatcher::new(config, model, cluster, channels, metrics.clone(), watchers),
             members,
             node_metrics,
             metrics,
             readiness,
+            traces,
         })
     }
 
@@ -156,10 +180,12 @@ impl Service {
             node_metrics,
             metrics,
             readiness,
+            traces,
         } = self;
         let grpc = more
             .add_service(grpc::Service::server(dispatcher.clone()))
             .add_service(routing::Service::server(dispatcher.clone(), shutdown.clone()))
+            .add_service(requests::service::Service::server(dispatcher.requests().clone()))
             .add_service(reflection().build_v1()?)
             .add_service(reflection().build_v1alpha()?);
         let server = Server::new(config, readiness.clone(), node_metrics)
@@ -172,8 +198,14 @@ impl Service {
             drained.cancel();
             result
         };
-        let (result, (), (), ()) = tokio::join!(
+        let exporting = async {
+            if let Some(traces) = traces {
+                traces.run(drained.clone()).await;
+            }
+        };
+        let (result, (), (), (), ()) = tokio::join!(
             serving,
+            exporting,
             members.run(drained.clone()),
             observe(&dispatcher, &metrics, &readiness, &drained),
             make_room(&dispatcher, &drained),
@@ -228,6 +260,7 @@ async fn observe(
         };
         metrics.cluster_now(blocks, refused, decode_nodes);
         metrics.requests_now(dispatcher.counts());
+        dispatcher.watchers().tokens(dispatcher.requests().tokens());
         match decode_nodes {
             0 => readiness.miss(DECODE_NODE, "no decode node takes requests"),
             _ => readiness.meet(DECODE_NODE),

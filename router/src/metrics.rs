@@ -41,6 +41,14 @@ pub struct Metrics {
     index_blocks: Gauge,
     index_refused: Gauge<f64, AtomicU64>,
     decode_nodes: Gauge,
+    traces: Family<Fate, Counter>,
+}
+
+/// What became of a request's trace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Fate {
+    /// `exported` or `dropped`.
+    fate: &'static str,
 }
 
 impl Metrics {
@@ -63,6 +71,14 @@ impl Metrics {
         // Shown from the start, so that the first rejection is an increase.
         for constraint in Constraint::ALL.map(Constraint::as_str) {
             drop(rejections.get_or_create(&Bound { constraint }));
+        }
+        let traces: Family<Fate, Counter> = metrics.register(
+            &name("traces"),
+            "Requests whose trace was exported, or dropped since the collector was too slow or gone",
+            Family::default(),
+        );
+        for fate in ["exported", "dropped"] {
+            drop(traces.get_or_create(&Fate { fate }));
         }
         Self {
             requests: metrics.register(
@@ -98,6 +114,7 @@ impl Metrics {
                 Gauge::default(),
             ),
             decode_nodes: gauge("decode_nodes", "Decode nodes that take requests"),
+            traces,
         }
     }
 
@@ -123,6 +140,16 @@ impl Metrics {
     pub(crate) fn predicted(&self, predicted: Millis, actual: Millis) {
         self.prediction_error
             .observe((predicted.0 - actual.0).abs() / 1e3);
+    }
+
+    pub(crate) fn traces_exported(&self, count: u64) {
+        self.traces
+            .get_or_create(&Fate { fate: "exported" })
+            .inc_by(count);
+    }
+
+    pub(crate) fn traces_dropped(&self, count: u64) {
+        self.traces.get_or_create(&Fate { fate: "dropped" }).inc_by(count);
     }
 
     pub(crate) fn gap(&self, gap: Millis) {

@@ -163,6 +163,8 @@ pub(super) async fn router(process: Process, listeners: Listeners) -> anyhow::Re
         channels: Channels::new(),
         metrics: process.metrics.clone(),
         readiness: process.readiness.clone(),
+        node_id: process.identity.id.clone(),
+        traces: process.settings.telemetry.clone(),
     };
     let service = router::Service::new(process.settings.router.clone(), dependencies)
         .map_err(|error| Error::invalid("router", error.to_string()))?;

@@ -4,4 +4,5 @@ mod failover;
 mod grpc;
 mod harness;
 mod openai;
+mod requests;
 mod routing;
