@@ -64,6 +64,8 @@ pub struct Config {
     pub decisions_kept: usize,
     /// Requests whose way is kept after they have ended.
     pub requests_kept: usize,
+    /// Whether the live page is served at `/ui`.
+    pub ui: bool,
     /// Longest body of an HTTP request.
     pub body_bytes_max: ByteSize,
     /// What single tenants may ask, by name.
@@ -106,6 +108,8 @@ impl Default for Config {
             decisions_kept: 256,
             // The last minute or so of a busy router, in some 3 MiB.
             requests_kept: 1_024,
+            // It shows nothing of what clients say, and costs nothing while nobody looks.
+            ui: true,
             // A context of a million tokens as text, or as a JSON list of ids.
             body_bytes_max: ByteSize::from_mib(16),
             tenants: BTreeMap::new(),

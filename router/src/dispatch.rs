@@ -149,6 +149,11 @@ impl Dispatcher {
         &self.shared.watchers
     }
 
+    /// What prompts begin with.
+    pub(crate) fn heat(&self) -> MutexGuard<'_, Heat> {
+        self.shared.heat()
+    }
+
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.shared.config
@@ -317,7 +322,7 @@ fn unix_s() -> u64 {
     unix_ms() / 1000
 }
 
-fn unix_ms() -> u64 {
+pub(crate) fn unix_ms() -> u64 {
     // A clock before 1970 is a date in a template or a list at worst.
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))

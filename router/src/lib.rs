@@ -13,7 +13,7 @@
 //! - [`members`]: the streams from the nodes; [`gate`]: waiting for a place; [`dispatch`]: a request's life;
 //! - [`history`] and [`heat`]: what came of the last minutes' requests, and what prompts begin with;
 //! - `grpc` and `openai`: the two front doors; `routing`: what the router decided, for whoever asks; `requests`: those that run,
-//!   and the last ones; `traces`: their export.
+//!   and the last ones; `traces`: their export; `ui`: the live page.
 //!
 //! Architecture invariant: the pure modules know neither tokio nor tonic, so the simulator runs them as they are.
 
@@ -45,6 +45,7 @@ mod routing;
 pub mod tenants;
 pub mod timeline;
 pub mod traces;
+mod ui;
 mod watchers;
 
 use std::sync::Arc;
@@ -100,6 +101,7 @@ pub struct Service {
     node_metrics: node::Metrics,
     metrics: Metrics,
     readiness: Readiness,
+    node_id: NodeId,
     traces: Option<traces::Service>,
 }
 
@@ -139,7 +141,7 @@ impl Service {
         let metrics = Metrics::register(&node_metrics);
         let members = members::Service::new(registry, cluster.clone(), channels.clone());
         readiness.miss(DECODE_NODE, "no decode node takes requests yet");
-        let (exporter, traces) = match traces::start(&traces_config, node_id, metrics.clone())? {
+        let (exporter, traces) = match traces::start(&traces_config, node_id.clone(), metrics.clone())? {
             Some((exporter, service)) => (Some(exporter), Some(service)),
             None => (None, None),
         };
@@ -150,6 +152,7 @@ impl Service {
             node_metrics,
             metrics,
             readiness,
+            node_id,
             traces,
         })
     }
@@ -180,8 +183,10 @@ impl Service {
             node_metrics,
             metrics,
             readiness,
+            node_id,
             traces,
         } = self;
+        let ui = ui::Ui::new(dispatcher.clone(), node_id, shutdown.clone());
         let grpc = more
             .add_service(grpc::Service::server(dispatcher.clone()))
             .add_service(routing::Service::server(dispatcher.clone(), shutdown.clone()))
@@ -190,7 +195,7 @@ impl Service {
             .add_service(reflection().build_v1alpha()?);
         let server = Server::new(config, readiness.clone(), node_metrics)
             .grpc(grpc)
-            .http(openai::routes(dispatcher.clone()));
+            .http(openai::routes(dispatcher.clone()).merge(ui.routes()));
         // Requests that drain still need the nodes' streams.
         let drained = CancellationToken::new();
         let serving = async {
@@ -203,8 +208,9 @@ impl Service {
                 traces.run(drained.clone()).await;
             }
         };
-        let (result, (), (), (), ()) = tokio::join!(
+        let (result, (), (), (), (), ()) = tokio::join!(
             serving,
+            ui.run(drained.clone()),
             exporting,
             members.run(drained.clone()),
             observe(&dispatcher, &metrics, &readiness, &drained),

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use types::Millis;
 
-use crate::history::History;
+use crate::history::{History, Step};
 use crate::requests::Watch;
 use crate::timeline::{PlacementTimes, Timeline};
 use crate::traces::Exporter;
@@ -43,6 +43,11 @@ impl Watchers {
     /// `tokens` went out ever.
     pub(crate) fn tokens(&self, tokens: u64) {
         self.history().tokens(tokens, Instant::now());
+    }
+
+    /// The last minutes.
+    pub(crate) fn steps(&self) -> Vec<Step> {
+        self.history().steps(Instant::now()).iter().cloned().collect()
     }
 
     fn history(&self) -> MutexGuard<'_, History> {

@@ -251,6 +251,11 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
                 "Requests kept for `perigee request` and the live page after they have ended, some 3 KiB each; at most 16384, and \
                 0: none.",
             ),
+            (
+                "ui",
+                "Whether the live page is served at `/ui` of the HTTP port. It tells tenants, nodes and times to whoever reaches \
+                the port, but nothing of prompts and answers.",
+            ),
             ("body_bytes_max", "Longest body of an HTTP request."),
             (
                 "tenants",

@@ -6,3 +6,4 @@ mod harness;
 mod openai;
 mod requests;
 mod routing;
+mod ui;
