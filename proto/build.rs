@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use prost::Message;
 
-const FILES: [&str; 10] = [
+const FILES: [&str; 11] = [
     "perigee/v1/cache.proto",
     "perigee/v1/common.proto",
     "perigee/v1/decode.proto",
@@ -12,6 +12,7 @@ const FILES: [&str; 10] = [
     "perigee/v1/node.proto",
     "perigee/v1/prefill.proto",
     "perigee/v1/registry.proto",
+    "perigee/v1/requests.proto",
     "perigee/v1/routing.proto",
     "perigee/v1/store.proto",
     "perigee/v1/transfer.proto",

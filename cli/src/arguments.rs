@@ -13,6 +13,7 @@ use crate::cache::CacheCommand;
 use crate::key::KeyCommand;
 use crate::output::Format;
 use crate::pull::PullArgs;
+use crate::requests::RequestCommand;
 use crate::route::RouteCommand;
 use crate::settings::Transport;
 use crate::sim::SimCommand;
@@ -81,6 +82,9 @@ pub(crate) enum Command {
     /// Where requests were placed, and why
     #[command(subcommand)]
     Route(RouteCommand),
+    /// Requests that run, and the last ones: their way through the cluster
+    #[command(subcommand)]
+    Request(RequestCommand),
     /// Clusters in virtual time
     #[command(subcommand)]
     Sim(SimCommand),
@@ -108,6 +112,23 @@ pub(crate) enum NodeCommand {
     Drain(DrainArgs),
     /// Let a node that was drained take requests again
     Resume(NodeTarget),
+    /// Show what a node logs, or change it for a while
+    LogLevel(LogLevelArgs),
+}
+
+/// Flags of `node log-level`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct LogLevelArgs {
+    /// Its name.
+    pub(crate) node: String,
+    /// Levels by module, such as `info,kv_store=debug`; without one, what is logged is only shown.
+    pub(crate) filter: Option<String>,
+    /// When the node's own setting holds again; at most a day.
+    #[arg(long = "for", value_name = "TIME", default_value = "10m", requires = "filter")]
+    pub(crate) lasts: Duration,
+    /// Go back to the node's own setting now.
+    #[arg(long, conflicts_with = "filter")]
+    pub(crate) revert: bool,
 }
 
 /// A node to talk to.

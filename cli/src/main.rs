@@ -15,6 +15,7 @@ mod nodes;
 mod output;
 mod pull;
 mod reach;
+mod requests;
 mod roles;
 mod route;
 mod settings;
@@ -98,6 +99,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         }
         Command::Cache(command) => block_on(cache::run(command, &router()?, output)),
         Command::Route(command) => block_on(route::run(command, &router()?, output)),
+        Command::Request(command) => block_on(requests::run(command, &router()?, output)),
         Command::Sim(command) => sim::run(command, output),
         Command::Node(command) => block_on(node_admin::run(command, &router()?, output)),
         Command::Model(ModelCommand::Pull(flags)) => pull::pull(&flags, output),

@@ -4,6 +4,7 @@
 //! in a container that is about to end, whatever becomes of the router meanwhile.
 
 mod drain;
+mod log_level;
 mod show;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -25,6 +26,7 @@ pub(crate) async fn run(command: NodeCommand, router: &Router, format: Format) -
         NodeCommand::Show { node } => show::run(&node, router, format).await,
         NodeCommand::Drain(flags) => drain::run(&flags, router, format).await,
         NodeCommand::Resume(target) => resume(&target, router, format).await,
+        NodeCommand::LogLevel(flags) => log_level::run(flags, router, format).await,
     }
 }
 

@@ -14,6 +14,7 @@ use std::time::SystemTime;
 use anyhow::Context;
 use node::registry::{self, Registry};
 use node::serve::Server;
+use node::telemetry::LogLevels;
 use node::tls::ClientCertificates;
 use node::{Channels, Connector, Identity, Listeners, Metrics, Readiness, Shutdown, Tls, identity, task};
 use router::Guard;
@@ -54,13 +55,20 @@ pub(crate) fn run(role: Role, flags: &RoleArgs) -> anyhow::Result<()> {
         )
         .into());
     }
-    node::telemetry::init(&settings.log)?;
+    let log_levels = node::telemetry::init(&settings.log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("start the runtime")?;
     let secured = Secured { tls, guard };
-    let result = runtime.block_on(serve(role, settings, model, secured, flags.exit_with_parent));
+    let result = runtime.block_on(serve(
+        role,
+        settings,
+        model,
+        secured,
+        log_levels,
+        flags.exit_with_parent,
+    ));
     // Tasks that do not end by themselves must not hold the process up.
     runtime.shutdown_background();
     result
@@ -106,6 +114,7 @@ struct Process {
     model: PathBuf,
     identity: Identity,
     shutdown: Shutdown,
+    log_levels: LogLevels,
     metrics: Metrics,
     readiness: Readiness,
     secured: Secured,
@@ -119,6 +128,7 @@ async fn serve(
     settings: Settings,
     model: PathBuf,
     secured: Secured,
+    log_levels: LogLevels,
     exit_with_parent: bool,
 ) -> anyhow::Result<()> {
     let shutdown = if exit_with_parent {
@@ -152,6 +162,7 @@ async fn serve(
         model,
         identity,
         shutdown: shutdown.clone(),
+        log_levels,
         metrics: Metrics::new(),
         readiness: Readiness::new([REGISTERED]),
         channels: Channels::over(Connector::new(secured.tls.clone())),

@@ -17,7 +17,7 @@ use crate::arguments::{ConfigArgs, Precision, RoleArgs, SettingFlags};
 use crate::output::{self, Format};
 pub(crate) use sections::{
     DecodeSettings, KvSettings, LogSettings, ModelSettings, NodeSettings, PrefillSettings, RegistrySettings,
-    StoreSettings,
+    StoreSettings, TelemetrySettings,
 };
 pub(crate) use transfer::{TransferSettings, Transport};
 
@@ -36,6 +36,7 @@ pub(crate) struct Settings {
     pub(crate) decode: DecodeSettings,
     pub(crate) store: StoreSettings,
     pub(crate) log: LogSettings,
+    pub(crate) telemetry: TelemetrySettings,
 }
 
 /// Puts file, environment and flags together, for a command that is no role.
@@ -130,6 +131,7 @@ impl Settings {
         self.router
             .validate()
             .map_err(|error| Error::invalid("router", error.to_string()))?;
+        self.telemetry.validate()?;
         self.prefill.config(self.model.engine_threads()).validate()?;
         self.decode.config(self.model.engine_threads()).validate()
     }

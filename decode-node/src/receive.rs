@@ -12,12 +12,12 @@ use std::time::Duration;
 use kv_store::{Grant, SequenceBlocks};
 use proto::v1::prefill_client::PrefillClient;
 use proto::v1::prefill_event::Event as Wire;
-use proto::{convert, status, v1};
+use proto::{convert, status, trace, v1};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, Interval, MissedTickBehavior, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
-use types::{Checksum, Error, ErrorCode, RequestId, SamplingParams, Token, TransferId};
+use types::{Checksum, Error, ErrorCode, RequestId, SamplingParams, Token, TraceParent, TransferId};
 
 use crate::handoff::{Action, Event, Handoff, Outcome};
 use crate::request::{Interruption, Watch};
@@ -38,6 +38,7 @@ pub(crate) struct Wanted<'a> {
     pub(crate) tenant: &'a str,
     pub(crate) placement: &'a v1::PrefillPlacement,
     pub(crate) sources: &'a [v1::PrefixSource],
+    pub(crate) trace: Option<TraceParent>,
 }
 
 /// How a handoff that did not fail ended.
@@ -52,8 +53,12 @@ pub(crate) enum Received {
 pub(crate) struct Landed {
     /// With the KV of all tokens that were asked for.
     pub(crate) blocks: SequenceBlocks,
-    /// When the prefill started.
+    /// When the prefill was asked for, and when it started.
+    pub(crate) requested_at: Instant,
     pub(crate) started_at: Instant,
+    /// When the prefill node said that all is here, and when that was verified.
+    pub(crate) landed_at: Instant,
+    pub(crate) verified_at: Instant,
     /// What the prefill node says of it.
     pub(crate) report: v1::PrefillLanded,
 }
@@ -79,8 +84,10 @@ pub(crate) async fn receive(
         grant: None,
         written: Vec::new(),
         blocks: Some(blocks),
+        requested_at: Instant::now(),
         started_at: Instant::now(),
         landed: None,
+        landed_at: None,
         interrupted: false,
         heard_at: Instant::now(),
         silence_max: Some(shared.config.stall_timeout),
@@ -88,7 +95,7 @@ pub(crate) async fn receive(
     receiver.send(v1::prefill_command::Command::Start(start(
         shared, watch, &wanted, missing,
     )));
-    let (outcome, receiver) = match open(shared, watch, wanted.placement, outgoing).await {
+    let (outcome, receiver) = match open(shared, watch, &wanted, outgoing).await {
         Ok(events) => receiver.run(events).await,
         Err(outcome) => (outcome, receiver),
     };
@@ -115,9 +122,10 @@ fn start(shared: &Shared, watch: &Watch, wanted: &Wanted<'_>, missing: usize) ->
 async fn open(
     shared: &Shared,
     watch: &Watch,
-    placement: &v1::PrefillPlacement,
+    wanted: &Wanted<'_>,
     outgoing: mpsc::Receiver<v1::PrefillCommand>,
 ) -> Result<Streaming<v1::PrefillEvent>, Outcome> {
+    let placement = wanted.placement;
     let channel = shared
         .channels
         .get(&placement.grpc_endpoint)
@@ -125,7 +133,11 @@ async fn open(
     let mut client = PrefillClient::new(channel)
         .max_decoding_message_size(proto::MESSAGE_BYTES_MAX)
         .max_encoding_message_size(proto::MESSAGE_BYTES_MAX);
-    let opened = client.prefill(ReceiverStream::new(outgoing));
+    let mut call = tonic::Request::new(ReceiverStream::new(outgoing));
+    if let Some(parent) = wanted.trace {
+        trace::write(call.metadata_mut(), parent);
+    }
+    let opened = client.prefill(call);
     tokio::select! {
         // A request that nobody wants opens no stream.
         biased;
@@ -175,8 +187,10 @@ struct Receiver<'a> {
     written: Vec<kv_store::Landed>,
     /// `None` while they are verified, and after what was written turned out to be wrong.
     blocks: Option<SequenceBlocks>,
+    requested_at: Instant,
     started_at: Instant,
     landed: Option<v1::PrefillLanded>,
+    landed_at: Option<Instant>,
     interrupted: bool,
     /// When the prefill node said anything last.
     heard_at: Instant,
@@ -275,6 +289,7 @@ impl Receiver<'_> {
                 };
                 // A second one is no news, and must not replace what is being verified.
                 self.landed.get_or_insert(landed);
+                self.landed_at.get_or_insert(self.heard_at);
                 Some(event)
             }
             Some(Wire::Failure(failure)) => {
@@ -390,7 +405,10 @@ impl Receiver<'_> {
                 };
                 Ok(Received::Landed(Box::new(Landed {
                     blocks,
+                    requested_at: self.requested_at,
                     started_at: self.started_at,
+                    landed_at: self.landed_at.unwrap_or(self.heard_at),
+                    verified_at: Instant::now(),
                     report,
                 })))
             }

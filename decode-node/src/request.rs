@@ -9,12 +9,12 @@
 use std::sync::Arc;
 
 use kv_store::{Fetch, SequenceBlocks, Source};
-use proto::{convert, status, v1};
+use proto::{convert, span, status, v1};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
-use types::{Error, ErrorCode, FinishReason, RequestId, SamplingParams, Token, TokenLogprob};
+use types::{Error, ErrorCode, FinishReason, RequestId, SamplingParams, Token, TokenLogprob, TraceParent};
 
 use crate::batch::SequenceId;
 use crate::engine_loop::{EVENTS_BESIDE_TOKENS, Event, Generated, Job, Start};
@@ -39,6 +39,8 @@ pub(crate) struct Request {
     pub(crate) tenant: String,
     pub(crate) prefill: Option<v1::PrefillPlacement>,
     pub(crate) sources: Vec<v1::PrefixSource>,
+    /// The trace that it belongs to.
+    pub(crate) trace: Option<TraceParent>,
     pub(crate) output: Output,
     pub(crate) accepted_at: Instant,
     pub(crate) permit: OwnedSemaphorePermit,
@@ -118,6 +120,7 @@ pub(crate) async fn serve(
         Ok(finished) => {
             let ms = accepted_at.elapsed().as_secs_f64() * 1000.0;
             shared.progress().request_ms.observe(ms);
+            tracing::debug!(ms, "request finished");
             Ok(event(v1::decode_event::Event::Finished(finished)))
         }
         Err(error) => {
@@ -141,6 +144,7 @@ async fn run(shared: &Shared, request: Request, watch: &Watch) -> Result<v1::Dec
         tenant,
         prefill,
         sources,
+        trace,
         mut output,
         ..
     } = request;
@@ -157,6 +161,7 @@ async fn run(shared: &Shared, request: Request, watch: &Watch) -> Result<v1::Dec
                 tenant: &tenant,
                 placement,
                 sources: &sources,
+                trace,
             };
             match receive(shared, watch, wanted, blocks).await? {
                 Received::Landed(landed) => {
@@ -210,6 +215,8 @@ struct Running<'a> {
     prompt_tokens: usize,
     cached_tokens: usize,
     report: v1::RequestReport,
+    /// When the first token went out.
+    first_at: Option<Instant>,
 }
 
 impl<'a> Running<'a> {
@@ -228,7 +235,17 @@ impl<'a> Running<'a> {
                 placements: 1,
                 ..v1::RequestReport::default()
             },
+            first_at: None,
         }
+    }
+
+    /// Notes a part of the way, from the request's acceptance on.
+    fn span(&mut self, name: &str, from: Instant, to: Instant) -> &mut v1::Span {
+        let node = &self.shared.node_id;
+        let start = from.saturating_duration_since(self.accepted_at);
+        let span = span::span(name, node.as_str(), start, to.saturating_duration_since(from));
+        self.report.spans.push(span);
+        self.report.spans.last_mut().expect("one was pushed")
     }
 
     /// Checks and notes what the prefill node says of the handoff.
@@ -268,6 +285,10 @@ impl<'a> Running<'a> {
         report.prefill_ms = told.prefill_ms;
         report.handoff_hidden_ms = told.handoff_hidden_ms;
         report.handoff_exposed_ms = told.handoff_exposed_ms;
+        // The prefill node began when it was asked, but for the way of one message.
+        let asked = landed.requested_at.saturating_duration_since(self.accepted_at);
+        report.spans.extend(span::shifted(&told.spans, asked));
+        self.span(span::VERIFY, landed.landed_at, landed.verified_at);
         self.shared.metrics.handoff_bytes.inc_by(told.handoff_bytes);
         let moving_ms = told.handoff_hidden_ms + told.handoff_exposed_ms;
         if moving_ms > 0.0 {
@@ -307,6 +328,9 @@ impl<'a> Running<'a> {
             .await?;
         self.report.fetched_bytes = fetched.bytes;
         self.report.fetch_ms = ms(began.elapsed());
+        let span = self.span(span::FETCH, began, Instant::now());
+        span.bytes = fetched.bytes;
+        span.detail = fetched.origin();
         Ok(())
     }
 
@@ -316,6 +340,7 @@ impl<'a> Running<'a> {
         mut events: mpsc::Receiver<Event>,
         mut generated: usize,
     ) -> Result<v1::DecodeFinished, Error> {
+        let submitted_at = Instant::now();
         let mut started_at = None;
         let mut batch = Vec::new();
         loop {
@@ -335,6 +360,7 @@ impl<'a> Running<'a> {
                         started_at = Some(at);
                         self.cached_tokens = cached_tokens.min(self.prompt_tokens);
                         self.report.queue_ms = ms(at.duration_since(self.accepted_at));
+                        self.span(span::QUEUE, submitted_at, at);
                     }
                     Event::Token(token) => tokens.push(token),
                     Event::Finished(reason) => end = Some(Ok(reason)),
@@ -344,7 +370,9 @@ impl<'a> Running<'a> {
             generated += tokens.len();
             if !tokens.is_empty() {
                 if let Some(at) = started_at.take() {
-                    self.report.prefill_ms = ms(at.elapsed());
+                    let now = Instant::now();
+                    self.report.prefill_ms = ms(now.duration_since(at));
+                    self.span(span::PREFILL, at, now);
                 }
                 self.send_tokens(tokens).await?;
             }
@@ -354,8 +382,12 @@ impl<'a> Running<'a> {
         }
     }
 
-    async fn send_tokens(&self, tokens: Vec<Generated>) -> Result<(), Error> {
+    async fn send_tokens(&mut self, tokens: Vec<Generated>) -> Result<(), Error> {
         let mut message = v1::DecodeTokens::default();
+        if self.first_at.is_none() {
+            self.first_at = Some(Instant::now());
+            message.report = Some(self.report.clone());
+        }
         for Generated { token, text, logprob } in tokens {
             message.ids.push(token);
             message.text.push_str(&text);
@@ -376,6 +408,9 @@ impl<'a> Running<'a> {
     }
 
     fn finished(&mut self, reason: FinishReason, generated: usize) -> v1::DecodeFinished {
+        if let Some(first_at) = self.first_at {
+            self.span(span::DECODE, first_at, Instant::now());
+        }
         finished(
             reason,
             self.prompt_tokens,

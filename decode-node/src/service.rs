@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tonic::{Response, Status};
 use tracing::Instrument;
-use types::{Error, ErrorCode, LoadReport, SamplingParams, Token};
+use types::{Error, ErrorCode, LoadReport, SamplingParams, Token, TraceParent};
 
 use crate::output::Output;
 use crate::request::{self, Message, Request, Watch};
@@ -130,7 +130,11 @@ impl Handle {
     }
 
     /// Accepts the request, or says why not.
-    fn accept(&self, mut wire: v1::DecodeRequest) -> Result<mpsc::Receiver<Message>, Error> {
+    fn accept(
+        &self,
+        mut wire: v1::DecodeRequest,
+        trace: Option<TraceParent>,
+    ) -> Result<mpsc::Receiver<Message>, Error> {
         let accepted_at = Instant::now();
         let shared = &self.shared;
         if shared.is_draining() {
@@ -179,6 +183,7 @@ impl Handle {
             tenant: wire.tenant,
             prefill: wire.prefill,
             sources: wire.sources,
+            trace,
             output,
             accepted_at,
             permit,
@@ -188,8 +193,16 @@ impl Handle {
             deadline: accepted_at + timeout,
             stopping: shared.stopping.clone(),
         };
-        let span =
-            tracing::info_span!("decode", request_id = %id, node_id = %shared.node_id, phase = "decode");
+        let span = tracing::info_span!(
+            "decode",
+            request_id = %id,
+            trace_id = tracing::field::Empty,
+            node_id = %shared.node_id,
+            phase = "decode",
+        );
+        if let Some(parent) = trace {
+            span.record("trace_id", format_args!("{:032x}", parent.trace));
+        }
         let shared = Arc::clone(shared);
         let task = async move {
             request::serve(shared, request, watch, last).await;
@@ -208,7 +221,8 @@ impl Decode for Handle {
         &self,
         request: tonic::Request<v1::DecodeRequest>,
     ) -> Result<Response<Self::DecodeStream>, Status> {
-        match self.accept(request.into_inner()) {
+        let trace = proto::trace::read(request.metadata());
+        match self.accept(request.into_inner(), trace) {
             Ok(messages) => Ok(Response::new(Box::pin(stream(messages)))),
             Err(error) => {
                 self.shared.metrics.request_ended(Some(error.code), false);

@@ -161,6 +161,7 @@ impl Shared {
     pub(crate) fn load(&self) -> LoadReport {
         let accepted = self.accepted();
         let blocks = self.store.stats().blocks;
+        let (disk_blocks, disk_capacity_blocks) = self.store.disk_blocks();
         let progress = self.progress();
         let (prefill_ms_per_token, prefill_ms_per_token_kilocontext) = progress.prefill.get();
         LoadReport {
@@ -179,6 +180,8 @@ impl Shared {
             disk_bytes_per_ms: self.store.disk_bytes_per_ms(),
             draining: self.is_draining() || self.store.is_quarantined(),
             drain: None,
+            disk_blocks,
+            disk_capacity_blocks,
         }
     }
 }

@@ -246,6 +246,7 @@ impl Cache {
             store.pin_held(&[run.parent])
         };
         let source = Source {
+            node_id: giver.to_owned(),
             grpc_endpoint: giver.to_owned(),
             blocks: run.hashes.len(),
         };
@@ -342,6 +343,7 @@ impl Cache {
         let store = &self.inner.store;
         store.learn_root(root);
         let source = Source {
+            node_id: request.source_grpc_endpoint.clone(),
             grpc_endpoint: request.source_grpc_endpoint.clone(),
             blocks: chain.len(),
         };

@@ -510,6 +510,7 @@ impl Exchange {
             let mut sources: Vec<Source> = reports
                 .iter()
                 .map(|(peer, report)| Source {
+                    node_id: peer.record.id.to_string(),
                     grpc_endpoint: peer.record.grpc_endpoint.clone(),
                     blocks: report.held.get(index).copied().unwrap_or_default(),
                 })

@@ -40,6 +40,8 @@ const LEASE_MARGIN: Duration = Duration::from_secs(1);
 /// A peer that is said to hold leading blocks of the prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
+    /// Its name, for those who are told where a prefix came from.
+    pub node_id: String,
     /// `host:port` of its gRPC services.
     pub grpc_endpoint: String,
     /// Leading full blocks of the prompt that it held when last heard of.
@@ -49,6 +51,7 @@ pub struct Source {
 impl From<&v1::PrefixSource> for Source {
     fn from(wire: &v1::PrefixSource) -> Self {
         Self {
+            node_id: wire.node_id.clone(),
             grpc_endpoint: wire.grpc_endpoint.clone(),
             blocks: usize::try_from(wire.blocks).unwrap_or(usize::MAX),
         }
@@ -92,6 +95,25 @@ pub struct FetchOutcome {
     pub bytes: u64,
     /// What moved them, such as `tcp`; `none` if nothing moved.
     pub transport: &'static str,
+    /// Peers that gave blocks, in the order in which they did, and how many.
+    pub peers: Vec<(String, usize)>,
+}
+
+impl FetchOutcome {
+    /// Where the blocks came from, for people: `12 blocks of decode-1, 3 of the own disk`.
+    pub fn origin(&self) -> String {
+        let peers = self.peers.iter().map(|(peer, blocks)| (peer.as_str(), *blocks));
+        let tiers = [("the own disk", self.promoted), ("the bucket", self.from_objects)];
+        let given = peers.chain(tiers).filter(|(_, blocks)| *blocks > 0);
+        let mut text = String::new();
+        for (from, blocks) in given {
+            text += &match text.is_empty() {
+                true => format!("{blocks} blocks of {from}"),
+                false => format!(", {blocks} of {from}"),
+            };
+        }
+        text
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -221,7 +243,12 @@ async fn ask_peers(
             end: end.min(source.blocks),
             deadline: share_of(fetch.deadline, are_last && i + 1 == fetch.sources.len()),
         };
-        match attempt.run(channels, &source.grpc_endpoint, outcome).await {
+        let ran = attempt.run(channels, &source.grpc_endpoint, outcome).await;
+        let given = fetch.from + outcome.blocks.len() - next;
+        if given > 0 {
+            outcome.peers.push((source.node_id.clone(), given));
+        }
+        match ran {
             Ok(()) => {}
             Err(FetchError::OutOfBlocks) => return,
             Err(error) => {

@@ -213,11 +213,14 @@ async fn open_disk(store: &Store, config: disk::Config) -> Result<(), OpenError>
 impl LoadSource for StoreNode {
     fn load(&self) -> LoadReport {
         let blocks = self.store.stats().blocks;
+        let (disk_blocks, disk_capacity_blocks) = self.store.disk_blocks();
         LoadReport {
             free_blocks: blocks.free as u64,
             evictable_blocks: blocks.reclaimable as u64,
             disk_bytes_per_ms: self.store.disk_bytes_per_ms(),
             draining: self.shutdown.is_cancelled() || self.store.is_draining() || self.store.is_quarantined(),
+            disk_blocks,
+            disk_capacity_blocks,
             ..LoadReport::default()
         }
     }

@@ -78,6 +78,12 @@ impl Store {
         self.disk().and_then(Disk::rate).unwrap_or_default() / 1000.0
     }
 
+    /// Blocks that the disk holds, and those that it can hold; 0 without one.
+    pub fn disk_blocks(&self) -> (u64, u64) {
+        let counts = self.table().disk().counts();
+        (counts.stored as u64, counts.capacity as u64)
+    }
+
     /// The disk below the pool, if there is one.
     pub fn disk(&self) -> Option<&Disk> {
         self.inner().disk.get()

@@ -12,7 +12,7 @@ use std::time::Duration;
 use engine::sampler::Sampled;
 use kv_store::{SequenceBlocks, Store};
 use proto::v1::prefill_event::Event;
-use proto::{convert, v1};
+use proto::{convert, span, v1};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -29,8 +29,16 @@ use crate::shared::{Admitted, Shared};
 /// A prompt whose blocks are in place.
 pub(crate) struct Prepared {
     pub(crate) blocks: SequenceBlocks,
-    pub(crate) fetched_bytes: u64,
-    pub(crate) fetch_time: Duration,
+    pub(crate) fetched: Option<Fetched>,
+}
+
+/// A prefix that was looked for elsewhere.
+pub(crate) struct Fetched {
+    bytes: u64,
+    began: Instant,
+    ended: Instant,
+    /// Where it came from, for people.
+    origin: String,
 }
 
 /// See the module documentation. Fields are dropped in this order: first nothing reads our blocks any more, then the
@@ -49,8 +57,7 @@ pub(crate) struct Handover<'a> {
     owner: Arc<Mutex<SequenceBlocks>>,
     transfer_id: u64,
     cached_tokens: usize,
-    fetched_bytes: u64,
-    fetch_time: Duration,
+    fetched: Option<Fetched>,
     arrived: Instant,
     started: Option<Instant>,
     computed: Option<(Instant, Sampled)>,
@@ -65,11 +72,7 @@ impl<'a> Handover<'a> {
         prepared: Prepared,
         arrived: Instant,
     ) -> Result<Self, End> {
-        let Prepared {
-            blocks,
-            fetched_bytes,
-            fetch_time,
-        } = prepared;
+        let Prepared { blocks, fetched } = prepared;
         let ids: Arc<[BlockId]> = blocks.block_ids().into();
         let cached_tokens = blocks.cached_tokens();
         let owner = Arc::new(Mutex::new(blocks));
@@ -107,8 +110,7 @@ impl<'a> Handover<'a> {
             owner,
             transfer_id: 0,
             cached_tokens,
-            fetched_bytes,
-            fetch_time,
+            fetched,
             arrived,
             started: None,
             computed: None,
@@ -260,6 +262,7 @@ impl<'a> Handover<'a> {
         let now = Instant::now();
         let computed_at = self.computed.as_ref().map_or(now, |(at, _)| *at);
         let started = self.started.unwrap_or(computed_at);
+        let spans = self.spans(started, computed_at);
         let overlap = &self.pusher.overlap;
         self.shared.observe_handoff(overlap, self.pusher.pushed_bytes);
         let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
@@ -272,15 +275,38 @@ impl<'a> Handover<'a> {
                 convert::logprob_to_wire(logprob, |token| tokenizer.token_bytes(token).to_vec())
             }),
             cached_tokens: self.cached_tokens as u64,
-            fetched_bytes: self.fetched_bytes,
+            fetched_bytes: self.fetched.as_ref().map_or(0, |fetched| fetched.bytes),
             handoff_bytes: self.pusher.pushed_bytes,
-            fetch_ms: ms(self.fetch_time),
+            fetch_ms: self
+                .fetched
+                .as_ref()
+                .map_or(0.0, |fetched| ms(fetched.ended - fetched.began)),
             queue_ms: ms(started - self.arrived),
             prefill_ms: ms(computed_at - started),
             handoff_hidden_ms: ms(overlap.hidden()),
             handoff_exposed_ms: ms(overlap.exposed()),
             transport: self.pusher.mover.to_owned(),
+            spans,
         }));
+    }
+
+    /// The way so far, from the prompt's arrival on.
+    fn spans(&self, started: Instant, computed_at: Instant) -> Vec<v1::Span> {
+        let node = self.shared.node_id.as_str();
+        let of = |name, from: Instant, to: Instant| span::span(name, node, from - self.arrived, to - from);
+        let mut spans = vec![of(span::QUEUE, self.arrived, started)];
+        spans.extend(self.fetched.as_ref().map(|fetched| v1::Span {
+            bytes: fetched.bytes,
+            detail: fetched.origin.clone(),
+            ..of(span::FETCH, fetched.began, fetched.ended)
+        }));
+        spans.push(of(span::PREFILL, started, computed_at));
+        spans.extend(self.pusher.overlap.extent().map(|(from, to)| v1::Span {
+            bytes: self.pusher.pushed_bytes,
+            detail: self.pusher.mover.to_owned(),
+            ..of(span::HANDOFF, from, to)
+        }));
+        spans
     }
 
     /// Of every pushed block. Full ones were hashed when they were shared.
@@ -343,7 +369,7 @@ async fn next_progress(progress: &mut Option<mpsc::Receiver<Progress>>) -> Optio
 pub(crate) async fn prepare(shared: &Shared, prompt: &Prompt, deadline: Instant) -> Prepared {
     let store: &Store = &shared.store;
     let mut blocks = SequenceBlocks::begin(store, &prompt.tenant, &prompt.tokens);
-    let (mut fetched_bytes, mut fetch_time) = (0, Duration::ZERO);
+    let mut fetched = None;
     let has_source = !prompt.sources.is_empty() || store.has_lower_tiers();
     if blocks.shared_blocks() < blocks.chain().len() && has_source {
         let fetch = kv_store::Fetch {
@@ -356,16 +382,17 @@ pub(crate) async fn prepare(shared: &Shared, prompt: &Prompt, deadline: Instant)
         };
         let began = Instant::now();
         let outcome = kv_store::fetch_prefix(store, &shared.channels, fetch).await;
-        (fetched_bytes, fetch_time) = (outcome.bytes, began.elapsed());
+        fetched = Some(Fetched {
+            bytes: outcome.bytes,
+            began,
+            ended: Instant::now(),
+            origin: outcome.origin(),
+        });
         blocks.extend_cached(outcome.blocks);
     }
     while let Err(short) = blocks.grow_to(prompt.tokens.len()) {
         tracing::debug!(%short, "waiting for blocks that readers hold");
         tokio::time::sleep(shared.config.memory_retry_interval).await;
     }
-    Prepared {
-        blocks,
-        fetched_bytes,
-        fetch_time,
-    }
+    Prepared { blocks, fetched }
 }

@@ -15,12 +15,14 @@ pub struct Overlap {
     hidden: Duration,
     after: Duration,
     computed_at: Option<Instant>,
+    first_begin: Option<Instant>,
     last_end: Option<Instant>,
 }
 
 impl Overlap {
     /// A write began.
     pub fn begin(&mut self, now: Instant) {
+        self.first_begin.get_or_insert(now);
         if self.in_flight == 0 {
             self.busy_since = Some(now);
         }
@@ -64,6 +66,11 @@ impl Overlap {
         self.hidden + self.after
     }
 
+    /// From the first write's beginning to the last one's end; `None` if there was none.
+    pub fn extent(&self) -> Option<(Instant, Instant)> {
+        self.first_begin.zip(self.last_end)
+    }
+
     fn settle(&mut self, now: Instant) {
         let Some(since) = self.busy_since.take() else {
             return;
@@ -96,6 +103,7 @@ mod tests {
         assert_eq!(overlap.hidden(), Duration::from_millis(40));
         assert_eq!(overlap.exposed(), Duration::from_millis(15));
         assert_eq!(overlap.busy(), Duration::from_millis(55));
+        assert_eq!(overlap.extent(), Some((at(10), at(75))));
     }
 
     #[test]

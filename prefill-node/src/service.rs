@@ -97,6 +97,7 @@ impl Service {
         let engine_alive = engine_loop::spawn(engine_loop, jobs_rx)
             .map_err(|error| Error::internal(format!("the engine's thread cannot start: {error}")))?;
         let shared = Shared {
+            node_id: identity.id,
             accepts: Accepts {
                 kv_root: store.common_root(),
                 epoch: identity.epoch,
@@ -257,7 +258,15 @@ impl Prefill for Handle {
         })?;
         let (events_tx, events_rx) = mpsc::channel(EVENTS_MAX);
         let sessions = shared.sessions.clone();
-        let span = tracing::info_span!("prefill", request_id = tracing::field::Empty);
+        let span = tracing::info_span!(
+            "prefill",
+            request_id = tracing::field::Empty,
+            trace_id = tracing::field::Empty,
+            node_id = %shared.node_id,
+        );
+        if let Some(parent) = proto::trace::read(request.metadata()) {
+            span.record("trace_id", format_args!("{:032x}", parent.trace));
+        }
         let session = async move {
             session::run(shared, request.into_inner(), events_tx).await;
             drop(permit);

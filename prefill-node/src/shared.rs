@@ -8,7 +8,7 @@ use node::Channels;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use types::{Error, LoadReport};
+use types::{Error, LoadReport, NodeId};
 
 use crate::Config;
 use crate::engine_loop::{Job, lock};
@@ -25,6 +25,7 @@ const RETRY_AFTER_MS_MAX: f64 = 60_000.0;
 
 pub(crate) struct Shared {
     pub(crate) config: Config,
+    pub(crate) node_id: NodeId,
     pub(crate) accepts: Accepts,
     pub(crate) model: Arc<Model>,
     pub(crate) store: Store,
@@ -102,6 +103,7 @@ impl Shared {
         };
         let (ms_per_token, ms_per_token_kilocontext) = lock(&self.step_rate).coefficients();
         let blocks = self.store.stats().blocks;
+        let (disk_blocks, disk_capacity_blocks) = self.store.disk_blocks();
         LoadReport {
             sequence: 0,
             queued_requests: queued_requests as u64,
@@ -117,6 +119,8 @@ impl Shared {
             disk_bytes_per_ms: self.store.disk_bytes_per_ms(),
             draining: self.is_draining() || self.store.is_quarantined(),
             drain: None,
+            disk_blocks,
+            disk_capacity_blocks,
         }
     }
 

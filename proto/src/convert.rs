@@ -264,6 +264,8 @@ pub fn load_to_wire(report: &LoadReport) -> v1::LoadReport {
         disk_bytes_per_ms,
         draining,
         drain,
+        disk_blocks,
+        disk_capacity_blocks,
     } = *report;
     v1::LoadReport {
         sequence,
@@ -284,6 +286,8 @@ pub fn load_to_wire(report: &LoadReport) -> v1::LoadReport {
             blocks: progress.blocks,
             done: progress.done,
         }),
+        disk_blocks,
+        disk_capacity_blocks,
     }
 }
 
@@ -315,6 +319,8 @@ pub fn load(wire: &v1::LoadReport) -> LoadReport {
             blocks: progress.blocks,
             done: progress.done,
         }),
+        disk_blocks: wire.disk_blocks,
+        disk_capacity_blocks: wire.disk_capacity_blocks,
     }
 }
 

@@ -3,7 +3,9 @@
 //! The receiver validates: what comes out of `convert` can be trusted, what is in [`v1`] cannot.
 
 pub mod convert;
+pub mod span;
 pub mod status;
+pub mod trace;
 
 /// Generated from `perigee/v1/*.proto`, which document every message.
 #[allow(

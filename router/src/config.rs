@@ -13,6 +13,7 @@ use crate::decisions::DECISIONS_KEPT_MAX;
 use crate::index::ENTRIES_MAX_DEFAULT;
 use crate::placement::{DecodeLoad, Settings};
 use crate::policy::PolicyName;
+use crate::requests::REQUESTS_KEPT_MAX;
 use crate::tenants::{self, TENANTS_MAX, TenantSettings, Terms};
 
 /// Configuration of a router.
@@ -62,6 +63,10 @@ pub struct Config {
     pub index_entries_max: usize,
     /// Decisions kept to be explained.
     pub decisions_kept: usize,
+    /// Requests whose way is kept after they have ended.
+    pub requests_kept: usize,
+    /// Whether the live page is served at `/ui`.
+    pub ui: bool,
     /// Longest body of an HTTP request.
     pub body_bytes_max: ByteSize,
     /// File of the API keys that count, which is read again when it changes. Empty asks no client for one.
@@ -125,6 +130,10 @@ impl Default for Config {
             index_entries_max: ENTRIES_MAX_DEFAULT,
             // Seconds of a busy router, in some 5 MiB.
             decisions_kept: 256,
+            // The last minute or so of a busy router, in some 3 MiB.
+            requests_kept: 1_024,
+            // It shows nothing of what clients say, and costs nothing while nobody looks.
+            ui: true,
             // A context of a million tokens as text, or as a JSON list of ids.
             body_bytes_max: ByteSize::from_mib(16),
             // Whom a cluster on one machine serves, its user knows.
@@ -152,6 +161,9 @@ pub enum ConfigError {
         /// What it may be.
         max: usize,
     },
+    /// Where traces go makes no sense.
+    #[error("{0}")]
+    Traces(#[from] types::Error),
     /// A weight is no finite, non-negative number.
     #[error("{name} is {value}, but must be a number that is not negative")]
     Weight {
@@ -186,6 +198,13 @@ impl Config {
                 name: "decisions_kept",
                 value: self.decisions_kept,
                 max: DECISIONS_KEPT_MAX,
+            });
+        }
+        if self.requests_kept > REQUESTS_KEPT_MAX {
+            return Err(ConfigError::TooMany {
+                name: "requests_kept",
+                value: self.requests_kept,
+                max: REQUESTS_KEPT_MAX,
             });
         }
         let bounds = [

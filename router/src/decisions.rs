@@ -81,6 +81,17 @@ pub enum Ending {
     Failed(ErrorCode),
 }
 
+impl Ending {
+    /// `finished`, `cancelled`, or the error's code.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Finished => "finished",
+            Self::Cancelled => "cancelled",
+            Self::Failed(code) => code.as_str(),
+        }
+    }
+}
+
 /// What came of a placement.
 #[derive(Debug, Default, Clone, Copy, PartialEq)]
 pub struct Outcome {

@@ -15,25 +15,30 @@ mod hint;
 mod latency;
 mod running;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use node::Channels;
 use proto::v1;
 use tokio::sync::Semaphore;
-use types::{Error, ErrorCode, Millis, RequestId};
+use types::{Error, ErrorCode, Millis, RequestId, TraceParent};
 
 use crate::admission::{Admission, Forecast, Rejection};
 use crate::config::Config;
 use crate::cost::learning::{Measured, Moved};
+use crate::decisions::Ending;
 use crate::entropy::Entropy;
 use crate::error::RequestError;
-use crate::gate::{Asks, Gate, Refused};
+use crate::gate::{Asks, Gate, Permit, Refused};
+use crate::heat::Heat;
 use crate::members::SharedCluster;
 use crate::metrics::Metrics;
 use crate::model::Model;
 use crate::recorder::Recorder;
 use crate::request::{self, Input, Prepared, Request};
+use crate::requests::{Requests, Track};
+use crate::timeline::Arrival;
+use crate::watchers::Watchers;
 
 pub use running::Running;
 
@@ -74,20 +79,31 @@ struct Shared {
     channels: Channels,
     metrics: Metrics,
     recorder: Recorder,
+    requests: Requests,
+    watchers: Watchers,
+    heat: Mutex<Heat>,
     entropy: Entropy,
     arriving: Semaphore,
     tokenising: Semaphore,
     hints: Arc<Semaphore>,
 }
 
+impl Shared {
+    fn heat(&self) -> MutexGuard<'_, Heat> {
+        // Every change of it is complete before anything can panic.
+        self.heat.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Dispatcher {
     /// A dispatcher that places requests in `cluster`.
-    pub fn new(
+    pub(crate) fn new(
         config: Config,
         model: Arc<Model>,
         cluster: SharedCluster,
         channels: Channels,
         metrics: Metrics,
+        watchers: Watchers,
     ) -> Self {
         Self {
             shared: Arc::new(Shared {
@@ -97,6 +113,9 @@ impl Dispatcher {
                 hints: Arc::new(Semaphore::new(hint::HINTS_MAX)),
                 entropy: Entropy::default(),
                 recorder: Recorder::new(config.decisions_kept),
+                requests: Requests::new(config.requests_kept, Box::new(watchers.clone())),
+                watchers,
+                heat: Mutex::default(),
                 config,
                 model,
                 cluster,
@@ -119,6 +138,21 @@ impl Dispatcher {
     /// What was decided.
     pub(crate) fn recorder(&self) -> &Recorder {
         &self.shared.recorder
+    }
+
+    /// The requests that run, and the last ones.
+    pub(crate) fn requests(&self) -> &Requests {
+        &self.shared.requests
+    }
+
+    /// What came of the last minutes' requests.
+    pub(crate) fn watchers(&self) -> &Watchers {
+        &self.shared.watchers
+    }
+
+    /// What prompts begin with.
+    pub(crate) fn heat(&self) -> MutexGuard<'_, Heat> {
+        self.shared.heat()
     }
 
     /// The configuration.
@@ -154,7 +188,8 @@ impl Dispatcher {
     /// See [`RequestError`]. Nothing runs anywhere then.
     pub async fn begin(&self, request: Request) -> Result<Running, RequestError> {
         let (id, received) = (request.id, request.received);
-        let began = self.try_begin(request).await;
+        let track = self.shared.requests.arrived(self.arrival(&request), received);
+        let began = self.try_begin(request, track).await;
         let metrics = &self.shared.metrics;
         metrics.requests_now(self.shared.gate.counts());
         if let Err(error) = &began {
@@ -173,8 +208,23 @@ impl Dispatcher {
         self.shared.metrics.request_ended(Some(code));
     }
 
-    async fn try_begin(&self, request: Request) -> Result<Running, RequestError> {
+    async fn try_begin(&self, request: Request, track: Track) -> Result<Running, RequestError> {
+        let (prepared, permit) = match self.admit(request, &track).await {
+            Ok(admitted) => admitted,
+            Err(error) => {
+                track.end(Ending::Failed(error.code()), &error.to_string());
+                return Err(error);
+            }
+        };
+        let mut running = Running::new(Arc::clone(&self.shared), prepared, permit, track);
+        running.start().await?;
+        Ok(running)
+    }
+
+    /// Waits for the request's place.
+    async fn admit(&self, request: Request, track: &Track) -> Result<(Prepared, Permit), RequestError> {
         let prepared = self.prepare(request).await?;
+        track.tokenised(&prepared);
         let deadline = prepared.received + prepared.time_limit;
         let gate = &self.shared.gate;
         let asks = Asks {
@@ -194,16 +244,41 @@ impl Dispatcher {
         if wait > Millis(0.0) {
             hint::hint(&self.shared, &prepared);
         }
-        let permit = gate.enter(&asks, deadline).await;
+        let cancelled = track.cancelled();
+        let permit = tokio::select! {
+            // A place that nobody wants any more goes to the next one.
+            biased;
+            () = cancelled.cancelled() => return Err(RequestError::Cancelled),
+            permit = gate.enter(&asks, deadline) => permit,
+        };
         let permit = permit.map_err(|refused| match refused {
             Refused::Rejected(rejection) => RequestError::Rejected(rejection),
             Refused::Deadline => RequestError::Deadline {
                 limit_ms: prepared.time_limit.as_millis() as u64,
             },
         })?;
-        let mut running = Running::new(Arc::clone(&self.shared), prepared, permit);
-        running.start().await?;
-        Ok(running)
+        track.admitted();
+        Ok((prepared, permit))
+    }
+
+    fn arrival(&self, request: &Request) -> Arrival {
+        let own = TraceParent {
+            // A request that is in no trace is one by itself; 0 is none.
+            trace: request.id.0.max(1),
+            span: 0,
+            sampled: self.shared.watchers.samples(self.shared.entropy.draw()),
+        };
+        Arrival {
+            request: request.id,
+            arrived_unix_ms: unix_ms(),
+            tenant: request.tenant.clone(),
+            priority: request.priority,
+            parent: request.trace,
+            root: TraceParent {
+                span: self.shared.entropy.draw().max(1),
+                ..request.trace.unwrap_or(own)
+            },
+        }
     }
 
     async fn prepare(&self, request: Request) -> Result<Prepared, RequestError> {
@@ -267,7 +342,7 @@ fn unix_s() -> u64 {
     unix_ms() / 1000
 }
 
-fn unix_ms() -> u64 {
+pub(crate) fn unix_ms() -> u64 {
     // A clock before 1970 is a date in a template or a list at worst.
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))

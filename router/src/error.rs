@@ -43,6 +43,9 @@ pub enum RequestError {
         /// The time it had.
         limit_ms: u64,
     },
+    /// Somebody who may ended it.
+    #[error("an operator cancelled the request")]
+    Cancelled,
     /// A node failed it, and no other one could take over.
     #[error("{0}")]
     Node(Error),
@@ -61,6 +64,8 @@ impl RequestError {
             Self::Rejected(_) => ErrorCode::Overloaded,
             Self::NoPlacement(_) => ErrorCode::Unavailable,
             Self::Deadline { .. } => ErrorCode::Timeout,
+            // Clients try again by themselves what is `unavailable`, which is what the operator does not want.
+            Self::Cancelled => ErrorCode::Denied,
         }
     }
 
@@ -82,7 +87,7 @@ impl RequestError {
             Self::Parameter(error) | Self::Internal(error) | Self::Node(error) => error.param.as_deref(),
             Self::UnknownModel { .. } => Some("model"),
             Self::ContextLength { param, .. } => Some(param),
-            Self::Rejected(_) | Self::NoPlacement(_) | Self::Deadline { .. } => None,
+            Self::Rejected(_) | Self::NoPlacement(_) | Self::Deadline { .. } | Self::Cancelled => None,
         }
     }
 
@@ -96,6 +101,7 @@ impl RequestError {
             | Self::ContextLength { .. }
             | Self::NoPlacement(_)
             | Self::Deadline { .. }
+            | Self::Cancelled
             | Self::Internal(_) => (None, None),
         }
     }

@@ -50,6 +50,7 @@ impl Inference for Service {
         let received = Instant::now();
         let time_limit = time_limit(request.metadata());
         let caller = guard::caller(request.extensions().get());
+        let trace = proto::trace::read(request.metadata());
         let request = read(
             &self.dispatcher,
             request.into_inner(),
@@ -57,6 +58,7 @@ impl Inference for Service {
             received,
             time_limit,
         );
+        let request = request.map(|read| request::Request { trace, ..read });
         let request = request.inspect_err(|error| self.dispatcher.refused(error.code));
         let running = self
             .dispatcher
@@ -116,13 +118,13 @@ impl Inference for Service {
 async fn next(mut running: Running) -> Option<(Result<v1::GenerateResponse, Status>, Running)> {
     let event = running.next().await?;
     let item = match event {
-        Ok(Event::Tokens(v1::DecodeTokens { ids, text, logprobs })) => {
-            Ok(response(WireEvent::Tokens(v1::TokenChunk {
-                ids,
-                text,
-                logprobs,
-            })))
-        }
+        Ok(Event::Tokens(v1::DecodeTokens {
+            ids, text, logprobs, ..
+        })) => Ok(response(WireEvent::Tokens(v1::TokenChunk {
+            ids,
+            text,
+            logprobs,
+        }))),
         Ok(Event::Finished {
             reason,
             usage,
@@ -186,6 +188,7 @@ fn read(
         tenant: caller.tenant(tenant)?,
         priority: convert::priority(&priority)?,
         received,
+        trace: None,
         time_limit,
     })
 }

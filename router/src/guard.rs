@@ -10,6 +10,8 @@ use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{HeaderMap, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use node::reload::{self, Contents};
 use node::serve::Peer;
 use proto::status::to_status;
@@ -77,9 +79,9 @@ impl Guard {
         reload::follow("API keys", vec![path.clone()], known, until, apply).await
     }
 
-    fn admit(&self, need: Need, headers: &HeaderMap, peer: Option<Peer>) -> Result<Caller, Error> {
+    fn admit(&self, need: Need, key: Option<&str>, peer: Option<Peer>) -> Result<Caller, Error> {
         let shown = Shown {
-            key: bearer(headers),
+            key,
             member: peer.is_some_and(|peer| peer.member),
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -102,6 +104,16 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| secret.trim())
 }
 
+/// The password of `Authorization: Basic`, whoever's it is: a browser asks its user for one, and cannot be told a key otherwise.
+fn password(headers: &HeaderMap) -> Option<String> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, credentials) = value.split_once(' ')?;
+    let basic = scheme.eq_ignore_ascii_case("basic");
+    let credentials = basic.then(|| STANDARD.decode(credentials.trim()).ok())??;
+    let (_, password) = std::str::from_utf8(&credentials).ok()?.split_once(':')?;
+    Some(password.to_owned())
+}
+
 /// What both doors need to judge a request, and to count it if it is refused.
 #[derive(Debug, Clone)]
 struct Door {
@@ -112,7 +124,9 @@ struct Door {
 impl Door {
     /// Lets the request in with its caller among its extensions.
     fn open(&self, need: Need, peer: Option<Peer>, request: &mut Request) -> Result<(), Error> {
-        let caller = self.guard.admit(need, request.headers(), peer);
+        let key = bearer(request.headers()).map(str::to_owned);
+        let key = key.or_else(|| password(request.headers()));
+        let caller = self.guard.admit(need, key.as_deref(), peer);
         let caller = caller.inspect_err(|error| self.dispatcher.refused(error.code))?;
         request.extensions_mut().insert(caller);
         Ok(())
@@ -149,6 +163,30 @@ async fn http_request(State(door): State<Door>, mut request: Request, next: Next
         .map(|ConnectInfo(peer)| *peer);
     match door.open(Need::Client, peer, &mut request) {
         Ok(()) => next.run(request).await,
+        Err(error) => openai::refused(error).into_response(),
+    }
+}
+
+/// These pages, which show the cluster, for administrators.
+pub(crate) fn pages(routes: axum::Router, guard: Guard, dispatcher: Dispatcher) -> axum::Router {
+    let door = Door { guard, dispatcher };
+    routes.layer(middleware::from_fn_with_state(door, page_request))
+}
+
+async fn page_request(State(door): State<Door>, mut request: Request, next: Next) -> Response {
+    let peer = request
+        .extensions()
+        .get::<ConnectInfo<Peer>>()
+        .map(|ConnectInfo(peer)| *peer);
+    match door.open(Need::Admin, peer, &mut request) {
+        Ok(()) => next.run(request).await,
+        Err(error) if error.code == ErrorCode::Unauthenticated => {
+            let ask = (
+                header::WWW_AUTHENTICATE,
+                "Basic realm=\"perigee: an administrator's key as password\"",
+            );
+            ([ask], openai::refused(error)).into_response()
+        }
         Err(error) => openai::refused(error).into_response(),
     }
 }

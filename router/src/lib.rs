@@ -8,11 +8,13 @@
 //! - [`residents`] and [`lengths`]: how busy decode nodes will be;
 //! - [`placement`] and [`policy`]: where a request goes; [`admission`] and [`tenants`]: whether it may;
 //! - [`cluster`]: all of that together, fed by events;
-//! - [`decisions`]: the last placements with their reasons;
+//! - [`decisions`]: the last placements with their reasons; [`timeline`]: a request's way;
 //! - [`request`] and [`model`]: from what a client says to tokens;
 //! - [`members`]: the streams from the nodes; [`gate`]: waiting for a place; [`dispatch`]: a request's life;
 //! - [`access`]: who may call what; [`guard`]: holds the doors to it;
-//! - `grpc` and `openai`: the two front doors; `routing`: what the router decided, for whoever asks.
+//! - [`history`] and [`heat`]: what came of the last minutes' requests, and what prompts begin with;
+//! - `grpc` and `openai`: the two front doors; `routing`: what the router decided, for whoever asks; `requests`: those that run,
+//!   and the last ones; `traces`: their export; `ui`: the live page.
 //!
 //! Architecture invariant: the pure modules know neither tokio nor tonic, so the simulator runs them as they are.
 
@@ -28,6 +30,8 @@ pub mod error;
 pub mod gate;
 mod grpc;
 pub mod guard;
+pub mod heat;
+pub mod history;
 pub mod index;
 pub mod lengths;
 pub mod members;
@@ -38,9 +42,14 @@ pub mod placement;
 pub mod policy;
 mod recorder;
 pub mod request;
+mod requests;
 pub mod residents;
 mod routing;
 pub mod tenants;
+pub mod timeline;
+pub mod traces;
+mod ui;
+mod watchers;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,6 +60,7 @@ use node::{Channels, Listeners, Readiness, Tls};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
+use types::NodeId;
 
 pub use config::{ClientCertificates, Config, ConfigError};
 pub use dispatch::Dispatcher;
@@ -60,6 +70,7 @@ pub use model::Model;
 use cluster::Cluster;
 use members::SharedCluster;
 use metrics::Metrics;
+use watchers::Watchers;
 
 /// A condition of readiness: some decode node takes requests.
 pub const DECODE_NODE: &str = "decode_node";
@@ -84,6 +95,10 @@ pub struct Dependencies {
     pub guard: Guard,
     /// What is served with, if over TLS.
     pub tls: Option<Tls>,
+    /// Who this router is.
+    pub node_id: NodeId,
+    /// Where traces go.
+    pub traces: traces::Config,
 }
 
 /// A router.
@@ -97,6 +112,8 @@ pub struct Service {
     guard: Guard,
     tls: Option<Tls>,
     client_certificates: ClientCertificates,
+    node_id: NodeId,
+    traces: Option<traces::Service>,
 }
 
 /// A handle on a router that runs. Clones are one and the same.
@@ -107,13 +124,14 @@ pub struct Handle {
 }
 
 impl Service {
-    /// A router that does nothing yet.
+    /// A router that does nothing yet. Must be called within a tokio runtime.
     ///
     /// # Errors
     ///
     /// A setting makes no sense.
     pub fn new(config: Config, dependencies: Dependencies) -> Result<Self, ConfigError> {
         config.validate()?;
+        dependencies.traces.validate()?;
         let Dependencies {
             registry,
             model,
@@ -122,6 +140,8 @@ impl Service {
             readiness,
             guard,
             tls,
+            node_id,
+            traces: traces_config,
         } = dependencies;
         let cluster = SharedCluster::new(Cluster::new(
             model.name(),
@@ -135,8 +155,13 @@ impl Service {
         let members = members::Service::new(registry, cluster.clone(), channels.clone());
         readiness.miss(DECODE_NODE, "no decode node takes requests yet");
         let client_certificates = config.client_certificates;
+        let (exporter, traces) = match traces::start(&traces_config, node_id.clone(), metrics.clone())? {
+            Some((exporter, service)) => (Some(exporter), Some(service)),
+            None => (None, None),
+        };
+        let watchers = Watchers::new(exporter, traces_config.sample_ratio);
         Ok(Self {
-            dispatcher: Dispatcher::new(config, model, cluster, channels, metrics.clone()),
+            dispatcher: Dispatcher::new(config, model, cluster, channels, metrics.clone(), watchers),
             members,
             node_metrics,
             metrics,
@@ -144,6 +169,8 @@ impl Service {
             guard,
             tls,
             client_certificates,
+            node_id,
+            traces,
         })
     }
 
@@ -176,17 +203,22 @@ impl Service {
             guard,
             tls,
             client_certificates,
+            node_id,
+            traces,
         } = self;
+        let ui = ui::Ui::new(dispatcher.clone(), node_id, shutdown.clone());
         let grpc = more
             .add_service(grpc::Service::server(dispatcher.clone()))
             .add_service(routing::Service::server(dispatcher.clone(), shutdown.clone()))
+            .add_service(requests::service::Service::server(dispatcher.requests().clone()))
             .add_service(reflection().build_v1()?)
             .add_service(reflection().build_v1alpha()?);
         let http = openai::routes(dispatcher.clone());
         let server = Server::new(config, readiness.clone(), node_metrics)
             .tls(tls, client_certificates.into())
             .grpc(guard::grpc(grpc, guard.clone(), dispatcher.clone()))
-            .http(guard::http(http, guard.clone(), dispatcher.clone()));
+            .http(guard::http(http, guard.clone(), dispatcher.clone()))
+            .http(guard::pages(ui.routes(), guard.clone(), dispatcher.clone()));
         // Requests that drain still need the nodes' streams.
         let drained = CancellationToken::new();
         let serving = async {
@@ -194,8 +226,15 @@ impl Service {
             drained.cancel();
             result
         };
-        let (result, (), (), (), Ok(())) = tokio::join!(
+        let exporting = async {
+            if let Some(traces) = traces {
+                traces.run(drained.clone()).await;
+            }
+        };
+        let (result, (), (), (), (), (), Ok(())) = tokio::join!(
             serving,
+            ui.run(drained.clone()),
+            exporting,
             members.run(drained.clone()),
             observe(&dispatcher, &metrics, &readiness, &drained),
             make_room(&dispatcher, &drained),
@@ -251,6 +290,7 @@ async fn observe(
         };
         metrics.cluster_now(blocks, refused, decode_nodes);
         metrics.requests_now(dispatcher.counts());
+        dispatcher.watchers().tokens(dispatcher.requests().tokens());
         match decode_nodes {
             0 => readiness.miss(DECODE_NODE, "no decode node takes requests"),
             _ => readiness.meet(DECODE_NODE),

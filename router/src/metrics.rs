@@ -57,6 +57,14 @@ pub struct Metrics {
     index_blocks: Gauge,
     index_refused: Gauge<f64, AtomicU64>,
     decode_nodes: Gauge,
+    traces: Family<Fate, Counter>,
+}
+
+/// What became of a request's trace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Fate {
+    /// `exported` or `dropped`.
+    fate: &'static str,
 }
 
 impl Metrics {
@@ -81,6 +89,14 @@ impl Metrics {
         // Shown from the start, so that the first rejection is an increase.
         for constraint in Constraint::ALL.map(Constraint::as_str) {
             drop(rejections.get_or_create(&Bound { constraint }));
+        }
+        let traces: Family<Fate, Counter> = metrics.register(
+            &name("traces"),
+            "Requests whose trace was exported, or dropped since the collector was too slow or gone",
+            Family::default(),
+        );
+        for fate in ["exported", "dropped"] {
+            drop(traces.get_or_create(&Fate { fate }));
         }
         Self {
             requests: metrics.register(
@@ -128,6 +144,7 @@ impl Metrics {
                 Gauge::default(),
             ),
             decode_nodes: gauge("decode_nodes", "Decode nodes that take requests"),
+            traces,
         }
     }
 
@@ -175,6 +192,16 @@ impl Metrics {
             add(&self.terms_measured, measured.0);
             add(&self.terms_missed, (predicted.0 - measured.0).abs());
         }
+    }
+
+    pub(crate) fn traces_exported(&self, count: u64) {
+        self.traces
+            .get_or_create(&Fate { fate: "exported" })
+            .inc_by(count);
+    }
+
+    pub(crate) fn traces_dropped(&self, count: u64) {
+        self.traces.get_or_create(&Fate { fate: "dropped" }).inc_by(count);
     }
 
     pub(crate) fn gap(&self, gap: Millis) {

@@ -25,7 +25,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Request};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde_json::{Map, Value, json};
-use types::{ErrorCode, RequestId};
+use types::{ErrorCode, RequestId, TraceParent};
 
 use crate::dispatch::{Dispatcher, Event, Running};
 use crate::error::RequestError;
@@ -36,7 +36,12 @@ use crate::request;
 use error::ApiError;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 const TENANT: HeaderName = HeaderName::from_static("x-perigee-tenant");
+
+/// Characters of a UUID, and which of them are hyphens.
+const UUID_CHARS: usize = 36;
+const UUID_HYPHENS: [usize; 4] = [8, 13, 18, 23];
 
 /// The routes.
 pub(crate) fn routes(dispatcher: Dispatcher) -> Router {
@@ -118,6 +123,8 @@ async fn read(
             .to_owned(),
     };
     let tenant = caller.tenant(tenant)?;
+    let trace = request.headers().get(TraceParent::HEADER);
+    let trace = trace.and_then(|value| TraceParent::parse(value.to_str().ok()?));
     let limit = dispatcher.config().body_bytes_max.get();
     let object = body::read(request.into_body(), limit).await?;
     let model = dispatcher.model();
@@ -125,6 +132,7 @@ async fn read(
         id,
         received,
         tenant,
+        trace,
         seed: dispatcher.seed(),
     };
     let (request, output) = match api {
@@ -163,9 +171,17 @@ async fn serve(dispatcher: &Dispatcher, call: Call) -> Result<Response, ApiError
         model: dispatcher.model().clone(),
     };
     if stream {
-        return Ok(stream::respond(answer, first, running));
+        let timing = running.server_timing();
+        return Ok(timed(stream::respond(answer, first, running), &timing));
     }
     collect(answer, first, running).await
+}
+
+/// Tells the client where its time went, as browsers and proxies know to show it.
+fn timed(mut response: Response, timing: &str) -> Response {
+    let value = HeaderValue::from_str(timing).expect("tokens and numbers are a header value");
+    response.headers_mut().insert(SERVER_TIMING, value);
+    response
 }
 
 /// The answer in one piece.
@@ -182,7 +198,8 @@ async fn collect(mut assembly: Assembly, first: Event, mut running: Running) -> 
                 let mut object = assembly.whole(&reason);
                 object.insert("usage".into(), body::usage(&usage));
                 object.insert("perigee".into(), body::report(&report));
-                return Ok(axum::Json(object).into_response());
+                let timing = running.server_timing();
+                return Ok(timed(axum::Json(object).into_response(), &timing));
             }
         }
         event = next(&mut running).await?;
@@ -337,9 +354,18 @@ async fn wrong_method(request: Request<Body>) -> Response {
     response
 }
 
-/// The client's own id, if it is one of ours in form.
+/// The client's own id, if it is 32 hexadecimal digits, as ours are, or a UUID.
 fn request_id(headers: &HeaderMap) -> Option<RequestId> {
-    RequestId::parse(headers.get(REQUEST_ID)?.to_str().ok()?)
+    let text = headers.get(REQUEST_ID)?.to_str().ok()?;
+    if text.len() == UUID_CHARS {
+        let is_hyphen = |(at, byte): (usize, u8)| (byte == b'-') == UUID_HYPHENS.contains(&at);
+        let is_uuid = text.bytes().enumerate().all(is_hyphen);
+        return is_uuid
+            .then(|| text.replace('-', ""))
+            .as_deref()
+            .and_then(RequestId::parse);
+    }
+    RequestId::parse(text)
 }
 
 fn fingerprint(model: &Model) -> String {

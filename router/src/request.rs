@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use types::{BlockHash, Error, KvSpace, Priority, RequestId, SamplingParams, Slo, Token};
+use types::{BlockHash, Error, KvSpace, Priority, RequestId, SamplingParams, Slo, Token, TraceParent};
 
 use crate::config::Config;
 use crate::error::RequestError;
@@ -59,6 +59,8 @@ pub struct Request {
     pub priority: Priority,
     /// When it arrived.
     pub received: Instant,
+    /// The trace that its client is in.
+    pub trace: Option<TraceParent>,
     /// The client's own time limit, if it is shorter than the router's.
     pub time_limit: Option<Duration>,
 }
@@ -111,6 +113,7 @@ pub fn prepare(
         tenant,
         priority,
         received,
+        trace: _,
         time_limit,
     } = request;
     if !name.is_empty() && name != model.name() {

@@ -174,6 +174,7 @@ fn read(
         tenant,
         priority: Priority::default(),
         received,
+        trace: None,
         time_limit: None,
     })
 }
@@ -201,13 +202,7 @@ fn to_wire(number: u64, decision: &Decision, outcome: Option<Outcome>) -> v1::De
         reason: reason(decision),
         decision_ms: decision.took.0,
         outcome: outcome.map(|outcome| v1::PlacementOutcome {
-            state: match outcome.ending {
-                None => "running",
-                Some(Ending::Finished) => "finished",
-                Some(Ending::Cancelled) => "cancelled",
-                Some(Ending::Failed(code)) => code.as_str(),
-            }
-            .to_owned(),
+            state: outcome.ending.map_or("running", Ending::as_str).to_owned(),
             ttft_ms: outcome.ttft.unwrap_or_default().0,
         }),
     }

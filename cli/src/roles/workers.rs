@@ -165,6 +165,8 @@ pub(super) async fn router(process: Process, listeners: Listeners) -> anyhow::Re
         readiness: process.readiness.clone(),
         guard: process.secured.guard.clone(),
         tls: process.secured.tls.clone(),
+        node_id: process.identity.id.clone(),
+        traces: process.settings.telemetry.clone(),
     };
     let service = router::Service::new(process.settings.router.clone(), dependencies)
         .map_err(|error| Error::invalid("router", error.to_string()))?;
@@ -210,6 +212,7 @@ fn admin(
     drain: Arc<dyn Drainable>,
 ) -> NodeService {
     NodeService::new(record.clone(), load, drain, process.shutdown.token())
+        .with_log_levels(process.log_levels.clone())
 }
 
 async fn load_model(process: &Process) -> Result<Arc<Model>, Error> {

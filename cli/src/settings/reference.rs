@@ -274,6 +274,16 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
                 "decisions_kept",
                 "Last decisions kept for `perigee route`, some 20 KiB each; at most 4096, and 0: none.",
             ),
+            (
+                "requests_kept",
+                "Requests kept for `perigee request` and the live page after they have ended, some 3 KiB each; at most 16384, and \
+                0: none.",
+            ),
+            (
+                "ui",
+                "Whether the live page is served at `/ui` of the HTTP port. It tells tenants, nodes and times to whoever reaches \
+                the port, but nothing of prompts and answers.",
+            ),
             ("body_bytes_max", "Longest body of an HTTP request."),
             (
                 "api_keys_file",
@@ -454,6 +464,21 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
         &[
             ("format", "`text` or `json`."),
             ("filter", "Levels by module, such as `info,kv_store=debug`."),
+        ],
+    ),
+    (
+        "telemetry",
+        &[
+            (
+                "otlp_endpoint",
+                "`host:port` of a collector that takes OTLP over gRPC, to which routers export the trace of every request; empty is \
+                none.",
+            ),
+            (
+                "sample_ratio",
+                "Part of the requests that bring no `traceparent` whose trace is exported, from 0 to 1; those that bring one decide \
+                by themselves.",
+            ),
         ],
     ),
 ];

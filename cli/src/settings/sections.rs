@@ -26,6 +26,9 @@ const OBJECT_REQUESTS_MAX: usize = 256;
 /// Logs.
 pub(crate) type LogSettings = telemetry::Config;
 
+/// Traces.
+pub(crate) type TelemetrySettings = router::traces::Config;
+
 /// Who this process is, and where it is reached.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]

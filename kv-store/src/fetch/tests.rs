@@ -24,6 +24,7 @@ fn block_by_block() -> Config {
 
 fn source(peer: &Peer, blocks: usize) -> Source {
     Source {
+        node_id: "peer".to_owned(),
         grpc_endpoint: peer.grpc_endpoint.clone(),
         blocks,
     }
@@ -159,10 +160,12 @@ async fn whoever_does_not_have_it_is_passed_over() {
     let foreign = Peer::serve(foreign.unwrap()).await;
     let sources = [
         Source {
+            node_id: "peer".to_owned(),
             grpc_endpoint: "not an endpoint".into(),
             blocks: BLOCKS,
         },
         Source {
+            node_id: "peer".to_owned(),
             // Nobody listens there: port 1 is privileged and unused on 127.0.0.1.
             grpc_endpoint: "127.0.0.1:1".into(),
             blocks: BLOCKS,
@@ -296,6 +299,7 @@ async fn a_peer_that_accepts_and_never_answers_costs_half_the_time_and_no_more()
     let chain = prompt_at(&peer, BLOCKS);
     let sources = [
         Source {
+            node_id: "peer".to_owned(),
             grpc_endpoint: silent.local_addr().unwrap().to_string(),
             blocks: BLOCKS,
         },

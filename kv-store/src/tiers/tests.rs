@@ -427,6 +427,7 @@ async fn a_peer_reads_what_is_only_on_disk() {
     tiered.forget_memory().await;
     let reader = Peer::start(POOL, Config::default()).await;
     let sources = [Source {
+        node_id: "peer".to_owned(),
         grpc_endpoint: holder.grpc_endpoint.clone(),
         blocks: CHAIN,
     }];

@@ -12,11 +12,12 @@ mod call;
 mod decode;
 mod inference;
 mod node;
+mod requests;
 mod routing;
 mod store;
 mod transfer;
 
-pub use self::node::{LoadStream, Node, NodeInfo};
+pub use self::node::{LoadStream, LogChange, LogLevel, Node, NodeInfo};
 pub use blocks::{Blocks, Buffer, Place};
 pub use cache::{
     Cache, ExportStream, ExportedChain, Located, PinnedChain, RankedBlock, Verification, VerifyStream,
@@ -24,6 +25,7 @@ pub use cache::{
 pub use call::UNARY_DEADLINE;
 pub use decode::{Decode, DecodeEvent, DecodeStream};
 pub use inference::{ClusterStatus, GenerateEvent, GenerateStream, Inference, NodeStatus};
+pub use requests::{PlacementTimeline, RequestTimeline, Requests, TimelineSpan};
 pub use routing::{Decision, DecisionStream, PlacementCandidate, PlacementSource, Routing};
 pub use store::{Acquired, LogBatch, LogStream, RemoteBlock, RemoteRegion, Reserved, Store, StoreStats};
 pub use transfer::{

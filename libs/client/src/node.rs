@@ -109,6 +109,56 @@ impl Node {
         call::unary("Node/Resume", self.deadline, client.resume(request)).await?;
         Ok(())
     }
+
+    /// Changes what the node logs, and says what that is then.
+    ///
+    /// # Errors
+    ///
+    /// The node cannot be reached in time, or cannot read the filter.
+    pub async fn log_level(&self, change: LogChange) -> Result<LogLevel, Error> {
+        let mut client = self.client.clone();
+        let wire = match change {
+            LogChange::Stay => v1::LogLevelRequest::default(),
+            LogChange::Set(filter, lasts) => v1::LogLevelRequest {
+                filter,
+                for_ms: lasts.map_or(0, |lasts| u64::try_from(lasts.as_millis()).unwrap_or(u64::MAX)),
+                revert: false,
+            },
+            LogChange::Revert => v1::LogLevelRequest {
+                revert: true,
+                ..v1::LogLevelRequest::default()
+            },
+        };
+        let request = call::request(wire, self.deadline);
+        let response = call::unary("Node/LogLevel", self.deadline, client.log_level(request)).await?;
+        Ok(LogLevel {
+            filter: response.filter,
+            configured: response.configured,
+            reverts_in: (response.reverts_in_ms > 0).then(|| Duration::from_millis(response.reverts_in_ms)),
+        })
+    }
+}
+
+/// What a process logs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogLevel {
+    /// Levels by module.
+    pub filter: String,
+    /// The process's own setting.
+    pub configured: String,
+    /// When that holds again; `None` if it does.
+    pub reverts_in: Option<Duration>,
+}
+
+/// What becomes of what a process logs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LogChange {
+    /// Nothing.
+    Stay,
+    /// Levels by module, for a while: ten minutes if it is not said for how long.
+    Set(String, Option<Duration>),
+    /// The process's own setting holds again.
+    Revert,
 }
 
 /// Reports of one node.

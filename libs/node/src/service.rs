@@ -14,6 +14,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use types::{Error, LoadReport, NodeRecord};
 
+use crate::telemetry::LogLevels;
+
 /// Between two reports where the watcher asks for nothing else. The router adds what it placed itself meanwhile.
 pub const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 /// A watcher that asks for more gets this: reports must stay cheap beside an engine step.
@@ -44,6 +46,7 @@ pub trait Drainable: Send + Sync + 'static {
 #[derive(Clone)]
 pub struct NodeService {
     shared: Arc<Shared>,
+    log_levels: Option<LogLevels>,
 }
 
 struct Shared {
@@ -79,6 +82,16 @@ impl NodeService {
                 shutdown,
                 sequence: AtomicU64::new(0),
             }),
+            log_levels: None,
+        }
+    }
+
+    /// Lets callers change what the process logs.
+    #[must_use]
+    pub fn with_log_levels(self, log_levels: LogLevels) -> Self {
+        Self {
+            log_levels: Some(log_levels),
+            ..self
         }
     }
 
@@ -124,6 +137,35 @@ impl Node for NodeService {
         let resumed = self.shared.drainable.resume();
         resumed.map_err(|error| proto::status::to_status(&error))?;
         Ok(Response::new(v1::ResumeResponse {}))
+    }
+
+    async fn log_level(
+        &self,
+        request: Request<v1::LogLevelRequest>,
+    ) -> Result<Response<v1::LogLevelResponse>, Status> {
+        let v1::LogLevelRequest {
+            filter,
+            for_ms,
+            revert,
+        } = request.into_inner();
+        let none = || Error::unavailable("what this process logs cannot be changed");
+        let levels = self.log_levels.as_ref().ok_or_else(none);
+        let levels = levels.map_err(|error| proto::status::to_status(&error))?;
+        if revert {
+            levels.revert();
+        } else if !filter.is_empty() {
+            let lasts = (for_ms > 0).then_some(Duration::from_millis(for_ms));
+            let set = levels.set(&filter, lasts);
+            set.map_err(|error| proto::status::to_status(&error))?;
+        }
+        let showing = levels.showing();
+        Ok(Response::new(v1::LogLevelResponse {
+            filter: showing.filter,
+            configured: showing.configured,
+            reverts_in_ms: showing
+                .reverts_in
+                .map_or(0, |left| left.as_millis().max(1) as u64),
+        }))
     }
 }
 

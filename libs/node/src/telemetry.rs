@@ -1,14 +1,20 @@
 //! Logs: to stderr only, since stdout belongs to a command's data.
+//!
+//! Elsewhere: changing what is logged while the process runs (`telemetry/levels.rs`).
+
+mod levels;
 
 use std::fmt;
 use std::io::IsTerminal;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, reload};
 use types::ErrorCode;
+
+pub use levels::{LogLevels, Showing};
 
 /// How a log line looks.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,13 +94,13 @@ impl FromStr for Format {
     }
 }
 
-/// Starts logging for this process.
+/// Starts logging for this process. What is logged can be changed by what it returns.
 ///
 /// # Errors
 ///
 /// The filter cannot be read, or logging was started before.
-pub fn init(config: &Config) -> Result<(), InitError> {
-    let filter = filter(&config.filter)?;
+pub fn init(config: &Config) -> Result<LogLevels, InitError> {
+    let (filter, handle) = reload::Layer::new(filter(&config.filter)?);
     let registry = tracing_subscriber::registry().with(filter);
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let started = match config.format {
@@ -105,7 +111,11 @@ pub fn init(config: &Config) -> Result<(), InitError> {
             .with(layer.json().flatten_event(true).with_current_span(true))
             .try_init(),
     };
-    started.map_err(|_| InitError::Started)
+    started.map_err(|_| InitError::Started)?;
+    Ok(LogLevels::new(&config.filter, move |filter| {
+        // Fails only once the subscriber is gone, and with it whoever would read a log.
+        let _ = handle.reload(filter);
+    }))
 }
 
 fn filter(text: &str) -> Result<EnvFilter, InitError> {

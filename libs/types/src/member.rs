@@ -95,6 +95,12 @@ pub struct LoadReport {
     /// How far that is, where an operator drained the node. `None` also from nodes that do not say.
     #[serde(default)]
     pub drain: Option<DrainProgress>,
+    /// Blocks on the node's disk; 0 without one, and from nodes that do not say.
+    #[serde(default)]
+    pub disk_blocks: u64,
+    /// Blocks that its disk can hold.
+    #[serde(default)]
+    pub disk_capacity_blocks: u64,
 }
 
 /// How far a node is that an operator drained.

@@ -6,7 +6,7 @@ use proto::v1;
 use proto::v1::decode_client::DecodeClient;
 use proto::v1::decode_event::Event;
 use tonic::{Status, Streaming};
-use types::{Error, ErrorCode, NodeRecord};
+use types::{Error, ErrorCode, NodeRecord, TraceParent};
 
 use super::{left, silent};
 use crate::cluster::Assignment;
@@ -139,6 +139,7 @@ impl Attempt {
         nodes: Nodes,
         placed: Placed,
         mut request: v1::DecodeRequest,
+        trace: TraceParent,
         silence_max: Duration,
         deadline: Instant,
     ) -> Result<Self, (Nodes, Failure)> {
@@ -150,7 +151,9 @@ impl Attempt {
         request.deadline_ms = left(deadline).as_millis() as u64;
         let mut client = DecodeClient::new(channel).max_decoding_message_size(proto::MESSAGE_BYTES_MAX);
         let placed_at = Instant::now();
-        let failure = match tokio::time::timeout(silence_max, client.decode(request)).await {
+        let mut call = tonic::Request::new(request);
+        proto::trace::write(call.metadata_mut(), trace);
+        let failure = match tokio::time::timeout(silence_max, client.decode(call)).await {
             Ok(Ok(response)) => {
                 return Ok(Self {
                     nodes,

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use proto::v1;
 use proto::v1::decode_event::Event as WireEvent;
+use tokio_util::sync::CancellationToken;
 use types::{Epoch, Error, ErrorCode, KvSpace, Millis, NodeId, Slo, Token};
 
 use super::attempt::{Attempt, Failure, Nodes, Placed, decode_request};
@@ -18,6 +19,7 @@ use crate::error::RequestError;
 use crate::gate::Permit;
 use crate::placement::{Candidate, NoPlacement};
 use crate::request::{self, Prepared};
+use crate::requests::{Chosen, Track};
 use crate::residents::Answer;
 
 /// A request that a decode node has accepted. Ask it for events until it has none.
@@ -37,13 +39,14 @@ pub struct Running {
     /// Number of the decision behind the last placement.
     decision: Option<u64>,
     latency: Latency,
+    track: Track,
     ended: bool,
     /// Last, so that the place is free only after the node was told.
     _permit: Permit,
 }
 
 impl Running {
-    pub(super) fn new(shared: Arc<Shared>, request: Prepared, permit: Permit) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, request: Prepared, permit: Permit, track: Track) -> Self {
         Self {
             deadline: request.received + request.time_limit,
             latency: Latency::new(request.received),
@@ -56,6 +59,7 @@ impl Running {
             placements: 0,
             predicted: None,
             decision: None,
+            track,
             ended: false,
             _permit: permit,
         }
@@ -66,14 +70,18 @@ impl Running {
         &self.request
     }
 
+    /// Where its time went so far: the value of `Server-Timing`.
+    pub(crate) fn server_timing(&self) -> String {
+        self.track.server_timing()
+    }
+
     /// Finds the first decode node that accepts the request.
     pub(super) async fn start(&mut self) -> Result<(), RequestError> {
-        let result = match tokio::time::timeout_at(self.deadline.into(), self.place()).await {
-            Ok(result) => result,
-            Err(_) => Err(self.too_late()),
-        };
+        let bound = self.bound();
+        let result = bound.hold(self.place()).await;
         if let Err(error) = &result {
             self.settle(Ending::Failed(error.code()));
+            self.track.end(Ending::Failed(error.code()), &error.to_string());
         }
         // An error here is the caller's to count.
         self.ended = result.is_err();
@@ -86,16 +94,14 @@ impl Running {
         if self.ended {
             return None;
         }
-        let result = match tokio::time::timeout_at(self.deadline.into(), self.advance()).await {
-            Ok(result) => result,
-            Err(_) => Err(self.too_late()),
-        };
+        let bound = self.bound();
+        let result = bound.hold(self.advance()).await;
         match &result {
             Ok(Event::Tokens(_)) => {}
             Ok(Event::Finished { .. }) => self.end(None),
             Err(error) => {
                 tracing::debug!(request_id = %self.request.id, code = %error.code(), %error, "request failed");
-                self.end(Some(error.code()));
+                self.end(Some(error));
             }
         }
         Some(result)
@@ -132,6 +138,7 @@ impl Running {
     async fn place(&mut self) -> Result<Attempt, RequestError> {
         let mut changes = self.shared.cluster.changes();
         let wait_until = Instant::now() + self.shared.config.placement_wait.get();
+        let mut sought = Instant::now();
         loop {
             changes.mark_unchanged();
             let (space, assignment, subject) = match self.assign() {
@@ -161,16 +168,27 @@ impl Running {
             self.decision = Some(recorder.record(subject, assignment.explanation));
             self.judge(forecast)?;
             self.placements += 1;
+            let trace = self.track.placed(Chosen {
+                number: self.placements,
+                prefill: assignment.prefill.as_ref().map(|node| node.id.clone()),
+                decode: assignment.decode.id.clone(),
+                sought,
+                ttft_predicted: forecast.ttft,
+            });
             let nodes = Nodes {
                 decode: assignment.decode,
                 prefill: assignment.prefill,
             };
             let (channels, deadline) = (&self.shared.channels, self.deadline);
             let silence_max = self.shared.config.dispatch_deadline.get();
-            match Attempt::open(channels, nodes, placed, request, silence_max, deadline).await {
-                Ok(attempt) => return Ok(attempt),
+            match Attempt::open(channels, nodes, placed, request, trace, silence_max, deadline).await {
+                Ok(attempt) => {
+                    self.track.accepted();
+                    return Ok(attempt);
+                }
                 Err((nodes, failure)) => self.give_up(&nodes, 0, failure)?,
             }
+            sought = Instant::now();
         }
     }
 
@@ -205,6 +223,9 @@ impl Running {
             let mut cluster = self.shared.cluster.lock();
             (cluster.place(&space, &query, Instant::now())?, cluster.tie())
         };
+        if self.placements == 0 {
+            self.shared.heat().asked(&self.request.tenant, &hashes, began);
+        }
         let subject = Subject {
             request: Some(self.request.id),
             made_unix_ms: unix_ms(),
@@ -271,6 +292,7 @@ impl Running {
             "placement failed"
         );
         self.settle(Ending::Failed(failure.error.code));
+        self.track.placement_ended(Ending::Failed(failure.error.code));
         if !again || self.placements >= self.shared.config.placements_max {
             return Err(RequestError::Node(failure.error));
         }
@@ -280,7 +302,8 @@ impl Running {
         Ok(())
     }
 
-    fn tokens(&mut self, tokens: v1::DecodeTokens) -> Event {
+    fn tokens(&mut self, mut tokens: v1::DecodeTokens) -> Event {
+        let report = tokens.report.take();
         self.generated.extend(&tokens.ids);
         if let Some(attempt) = &mut self.attempt
             && !tokens.ids.is_empty()
@@ -294,6 +317,7 @@ impl Running {
                 }
             }
             attempt.tokens += tokens.ids.len() as u64;
+            self.track.tokens(tokens.ids.len() as u64, now, report);
             match self.latency.tokens(tokens.ids.len() as u64, now) {
                 Arrival::First(ttft) => {
                     self.shared.metrics.first_token(ttft);
@@ -342,6 +366,7 @@ impl Running {
             ttft_predicted_ms: predicted,
             ..report
         };
+        self.track.answered(&usage, &report);
         self.shared
             .metrics
             .used(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens);
@@ -362,17 +387,44 @@ impl Running {
         }
     }
 
-    fn too_late(&self) -> RequestError {
-        RequestError::Deadline {
-            limit_ms: Duration::as_millis(&self.request.time_limit) as u64,
+    fn bound(&self) -> Bound {
+        Bound {
+            deadline: self.deadline,
+            limit: self.request.time_limit,
+            cancelled: self.track.cancelled(),
         }
     }
 
-    fn end(&mut self, code: Option<ErrorCode>) {
+    fn end(&mut self, error: Option<&RequestError>) {
         self.ended = true;
         self.attempt = None;
-        self.settle(code.map_or(Ending::Finished, Ending::Failed));
+        let code = error.map(RequestError::code);
+        let ending = code.map_or(Ending::Finished, Ending::Failed);
+        self.settle(ending);
+        self.track
+            .end(ending, &error.map(ToString::to_string).unwrap_or_default());
         self.shared.metrics.request_ended(code);
+    }
+}
+
+/// What ends a request before it ends by itself.
+struct Bound {
+    deadline: Instant,
+    limit: Duration,
+    cancelled: CancellationToken,
+}
+
+impl Bound {
+    /// What `work` gives, unless the request ends before.
+    async fn hold<T>(self, work: impl Future<Output = Result<T, RequestError>>) -> Result<T, RequestError> {
+        let limit_ms = self.limit.as_millis() as u64;
+        let in_time = tokio::time::timeout_at(self.deadline.into(), work);
+        tokio::select! {
+            // Who is told to end gives nothing more.
+            biased;
+            () = self.cancelled.cancelled() => Err(RequestError::Cancelled),
+            result = in_time => result.unwrap_or(Err(RequestError::Deadline { limit_ms })),
+        }
     }
 }
 
@@ -381,6 +433,7 @@ impl Drop for Running {
         if !self.ended {
             tracing::debug!(request_id = %self.request.id, "request cancelled");
             self.settle(Ending::Cancelled);
+            self.track.end(Ending::Cancelled, "");
             self.shared.metrics.request_cancelled();
         }
     }

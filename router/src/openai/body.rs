@@ -6,7 +6,7 @@ use std::time::Instant;
 use axum::body::Body;
 use proto::v1;
 use serde_json::{Map, Value, json};
-use types::{Error, Millis, Priority, RequestId, SamplingParams, Slo, Token};
+use types::{Error, Millis, Priority, RequestId, SamplingParams, Slo, Token, TraceParent};
 
 use super::error::ApiError;
 use super::parameters::{Parameters, wrong};
@@ -18,6 +18,7 @@ pub(super) struct Context {
     pub(super) id: RequestId,
     pub(super) received: Instant,
     pub(super) tenant: String,
+    pub(super) trace: Option<TraceParent>,
     /// For a request that brings none.
     pub(super) seed: u64,
 }
@@ -68,7 +69,11 @@ pub(super) fn finish(
     let priority = priority(p)?;
     parameters.finish()?;
     let Context {
-        id, received, tenant, ..
+        id,
+        received,
+        tenant,
+        trace,
+        seed: _,
     } = context;
     let request = Request {
         id,
@@ -80,6 +85,7 @@ pub(super) fn finish(
         tenant,
         priority,
         received,
+        trace,
         time_limit: None,
     };
     Ok((request, output))
@@ -238,6 +244,8 @@ pub(super) fn report(report: &v1::RequestReport) -> Value {
         placements,
         ttft_predicted_ms,
         fetch_ms,
+        // The header `Server-Timing` tells them.
+        spans: _,
     } = report;
     json!({
         "prefill_node": prefill_node,

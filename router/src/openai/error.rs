@@ -56,6 +56,7 @@ impl From<RequestError> for ApiError {
         let name = match &error {
             RequestError::UnknownModel { .. } => Some("model_not_found"),
             RequestError::ContextLength { .. } => Some("context_length_exceeded"),
+            RequestError::Cancelled => Some("request_cancelled"),
             RequestError::Parameter(_)
             | RequestError::Rejected(_)
             | RequestError::NoPlacement(_)

@@ -25,7 +25,9 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::{Request, Response, Status};
-use types::{BlockEvent, Epoch, Error, KvDtype, KvLayout, KvSpace, LoadReport, NodeId, NodeRecord, Role};
+use types::{
+    BlockEvent, Epoch, Error, KvDtype, KvLayout, KvSpace, LoadReport, NodeId, NodeRecord, Role, TraceParent,
+};
 
 /// Nothing in these tests takes longer unless it is broken.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -39,6 +41,8 @@ const LOG_EVENTS_MAX: usize = 4096;
 #[derive(Debug, Clone)]
 pub(crate) enum Step {
     Tokens(Vec<u32>, &'static str),
+    /// Tokens with what the node tells of the way so far.
+    Told(Vec<u32>, &'static str, v1::RequestReport),
     Logprobs(u32, &'static str, Vec<(u32, f32)>),
     Finish(&'static str, v1::Usage),
     /// An error of the node's own.
@@ -80,6 +84,7 @@ pub(crate) struct FakeNode {
 struct Scripted {
     script: Script,
     requests: Mutex<Vec<v1::DecodeRequest>>,
+    traces: Mutex<Vec<Option<TraceParent>>>,
     hints: watch::Sender<Vec<v1::PrefetchRequest>>,
     streams: watch::Sender<usize>,
     blocks: Vec<BlockEvent>,
@@ -128,6 +133,7 @@ impl FakeNode {
         let shared = Arc::new(Scripted {
             script: Arc::new(script),
             requests: Mutex::default(),
+            traces: Mutex::default(),
             hints: watch::Sender::default(),
             streams: watch::Sender::new(0),
             blocks,
@@ -182,6 +188,11 @@ impl FakeNode {
         self.shared.requests.lock().expect("no script panicked").clone()
     }
 
+    /// The traces that those belong to.
+    pub(crate) fn traces(&self) -> Vec<Option<TraceParent>> {
+        self.shared.traces.lock().expect("no script panicked").clone()
+    }
+
     /// The hints that it was sent, once there is one.
     pub(crate) async fn hints(&self) -> Vec<v1::PrefetchRequest> {
         let mut hints = self.shared.hints.subscribe();
@@ -220,6 +231,8 @@ impl Decode for Scripted {
         &self,
         request: Request<v1::DecodeRequest>,
     ) -> Result<Response<Self::DecodeStream>, Status> {
+        let trace = proto::trace::read(request.metadata());
+        self.traces.lock().expect("no script panicked").push(trace);
         let request = request.into_inner();
         let steps: VecDeque<Step> = (self.script)(&request).into();
         self.requests.lock().expect("no script panicked").push(request);
@@ -235,6 +248,15 @@ impl Decode for Scripted {
                 Step::Fail(error) => Err(to_status(&error)),
                 Step::Break => Err(Status::unknown("h2 protocol error: connection reset")),
                 Step::Tokens(ids, text) => Ok(tokens(ids, text, Vec::new())),
+                Step::Told(ids, text, report) => {
+                    let tokens = v1::DecodeTokens {
+                        ids,
+                        text: text.into(),
+                        report: Some(report),
+                        ..v1::DecodeTokens::default()
+                    };
+                    Ok(v1::decode_event::Event::Tokens(tokens))
+                }
                 Step::Logprobs(id, text, top) => Ok(tokens(vec![id], text, vec![logprob(top)])),
                 Step::Finish(reason, usage) => Ok(v1::decode_event::Event::Finished(v1::DecodeFinished {
                     reason: reason.into(),
@@ -259,6 +281,7 @@ fn tokens(ids: Vec<u32>, text: &str, logprobs: Vec<v1::TokenLogprob>) -> v1::dec
         ids,
         text: text.into(),
         logprobs,
+        report: None,
     })
 }
 
@@ -455,6 +478,8 @@ impl Router {
                 readiness: Readiness::new([]),
                 guard,
                 tls: None,
+                node_id: "router-0".into(),
+                traces: router::traces::Config::default(),
             },
         );
         let service = service.expect("a valid configuration");

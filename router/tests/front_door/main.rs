@@ -5,5 +5,7 @@ mod failover;
 mod grpc;
 mod harness;
 mod openai;
+mod requests;
 mod restart;
 mod routing;
+mod ui;

@@ -188,6 +188,8 @@ impl Node {
             disk_bytes_per_ms: 0.0,
             draining: false,
             drain: None,
+            disk_blocks: 0,
+            disk_capacity_blocks: 0,
         }
     }
 }

@@ -1,0 +1,124 @@
+use client::{PlacementTimeline, RequestTimeline, TimelineSpan};
+
+use super::*;
+
+fn span(name: &str, node: &str, depth: u32, start_ms: f64, duration_ms: f64) -> TimelineSpan {
+    TimelineSpan {
+        name: name.into(),
+        node: node.into(),
+        depth,
+        start_ms,
+        duration_ms,
+        ..TimelineSpan::default()
+    }
+}
+
+fn request() -> RequestTimeline {
+    RequestTimeline {
+        request_id: format!("{:032x}", 7),
+        state: "finished".into(),
+        age_ms: 80.0,
+        prompt_tokens: 300,
+        cached_tokens: 64,
+        output_tokens: 4,
+        output_tokens_max: 16,
+        ttft_ms: 40.0,
+        tbt_mean_ms: 12.5,
+        ttft_slo_ms: 500.0,
+        priority: "normal".into(),
+        arrived_unix_ms: 1_700_000_000_000,
+        trace_id: format!("{:032x}", 9),
+        placements: vec![PlacementTimeline {
+            prefill_node: "prefill-0".into(),
+            decode_node: "decode-1".into(),
+            state: "finished".into(),
+            ttft_predicted_ms: 35.0,
+            ttft_ms: 38.0,
+            handoff_bytes: 3 << 20,
+            handoff_hidden_ms: 4.0,
+            handoff_exposed_ms: 0.5,
+            transport: "tcp".into(),
+            ..PlacementTimeline::default()
+        }],
+        spans: vec![
+            span("request", "", 0, 0.0, 80.0),
+            span("tokenise", "", 1, 0.0, 0.5),
+            span("placement", "decode-1", 1, 2.0, 78.0),
+            span("prefill", "prefill-0", 2, 10.0, 30.0),
+            TimelineSpan {
+                bytes: 3 << 20,
+                detail: "tcp".into(),
+                ..span("handoff", "prefill-0", 2, 20.0, 20.0)
+            },
+            TimelineSpan {
+                running: true,
+                ..span("decode", "decode-1", 2, 40.0, 40.0)
+            },
+        ],
+        ..RequestTimeline::default()
+    }
+}
+
+#[test]
+fn requests_are_listed_with_their_state_and_nodes() {
+    let waiting = RequestTimeline {
+        request_id: format!("{:032x}", 8),
+        state: "waiting".into(),
+        age_ms: 3100.0,
+        tenant: "acme".into(),
+        output_tokens_max: 8,
+        ..RequestTimeline::default()
+    };
+    let expected = "
+ REQUEST                           STATE     AGE    TENANT  PROMPT  CACHED  OUTPUT  TTFT   TBT    PREFILL    DECODE
+ 00000000000000000000000000000008  waiting   3.1 s  acme    -       -       0/8     -      -      -          -
+ 00000000000000000000000000000007  finished  80 ms  -       300     64      4/16    40 ms  12 ms  prefill-0  decode-1
+";
+    let text = output::table_text(&of_requests(&[waiting, request()]));
+    assert_eq!(format!("\n{text}"), expected);
+}
+
+#[test]
+fn a_request_is_shown_with_its_placements() {
+    let expected = "
+ REQUEST         00000000000000000000000000000007
+ state           finished
+ arrived         2023-11-14T22:13:20.000Z
+ age             80 ms
+ trace           00000000000000000000000000000009
+ priority        normal
+ prompt          300 tokens, 64 from a cache
+ output          4 of at most 16 tokens
+ first token     40 ms of at most 500 ms
+ between tokens  12 ms
+ placement       prefill-0 → decode-1, finished, first token after 38 ms (predicted 35 ms), handed over 3.0 MiB by tcp (4.00 ms hidden, 0.50 ms exposed)
+";
+    assert_eq!(
+        format!("\n{}", output::table_text(&of_request(&request()))),
+        expected
+    );
+}
+
+#[test]
+fn a_waterfall_shows_where_each_part_lies() {
+    let expected = "
+request 00000000000000000000000000000007 finished after 80 ms: 300 + 4 tokens (64 cached), first token 40 ms of at most 500 ms, then 12 ms
+request                   80 ms   ████████████████████
+  tokenise              0.50 ms   ▏
+  placement  decode-1     78 ms   ████████████████████
+    prefill  prefill-0    30 ms     ████████
+    handoff  prefill-0    20 ms        █████           3.0 MiB, tcp
+    decode   decode-1     40 ms …           ██████████
+";
+    assert_eq!(format!("\n{}", waterfall::text(&request(), 20)), expected);
+}
+
+#[test]
+fn the_json_of_a_request_has_its_parts_and_that_of_a_list_has_none() {
+    let whole = to_json(&request(), true);
+    assert_eq!(whole["spans"][3]["name"], "prefill");
+    assert_eq!(whole["spans"][3]["start_ms"], 10.0);
+    assert_eq!(whole["placements"][0]["prefill_node"], "prefill-0");
+    assert_eq!(whole["tbt_slo_ms"], Value::Null);
+    assert!(to_json(&request(), false).get("spans").is_none());
+}
