@@ -65,7 +65,7 @@ fn curl(arguments: &[&str]) -> (i32, String) {
     (output.status.code().expect("no signal ended it"), printed)
 }
 
-fn with<'a>(environment: &'a [(String, String)]) -> Vec<(&'a str, &'a str)> {
+fn with(environment: &[(String, String)]) -> Vec<(&str, &str)> {
     environment
         .iter()
         .map(|(name, value)| (name.as_str(), value.as_str()))
