@@ -10,6 +10,9 @@ use types::{Error, ErrorCode};
 /// rest is for a machine whose cores are all busy computing.
 pub const UNARY_DEADLINE: Duration = Duration::from_secs(5);
 
+/// What tonic says where the peer's first words are no HTTP/2: those of one that has TLS where we have none, most often.
+const NO_HTTP2: &str = "h2 protocol error: http2 error";
+
 /// A request that tells its server how long the caller will wait.
 pub(crate) fn request<T>(message: T, deadline: Duration) -> Request<T> {
     let mut request = Request::new(message);
@@ -55,6 +58,11 @@ fn failed(method: &str, status: &Status) -> Error {
     // tonic answers with CANCELLED where its own timer, set from our deadline, ran out before ours.
     if status.code() == tonic::Code::Cancelled && status.message().contains("Timeout expired") {
         return Error::new(ErrorCode::Timeout, format!("{method}: the deadline passed"));
+    }
+    if status.details().is_empty() && status.message() == NO_HTTP2 {
+        let message =
+            format!("{method}: the peer speaks something else than is expected: is TLS on at one end alone?");
+        return Error::unavailable(message);
     }
     let error = proto::status::from_status(status);
     // A server's own error is told as it is; one of the connection needs to be told what it interrupted.

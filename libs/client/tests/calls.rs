@@ -10,6 +10,7 @@ use proto::v1;
 use proto::v1::decode_server::DecodeServer;
 use proto::v1::inference_server::InferenceServer;
 use proto::v1::kv_store_server::{KvStore, KvStoreServer};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::service::Routes;
@@ -181,6 +182,25 @@ async fn a_peer_that_is_not_there_is_unavailable_and_one_that_hangs_is_late() {
         .expect_err("is not there");
     assert_eq!(gone.code, ErrorCode::Unavailable);
     assert!(gone.message.starts_with("Node/Info: "), "{gone}");
+}
+
+#[tokio::test]
+async fn a_peer_that_has_tls_alone_is_unavailable_and_the_reason_guessed() {
+    /// As a TLS server says that what it heard is no handshake: a fatal alert, protocol_version.
+    const ALERT: &[u8] = &[21, 3, 3, 0, 2, 2, 70];
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("bound").to_string();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let _ = stream.write_all(ALERT).await;
+            // Whatever is left unread would turn the end of the connection into a reset.
+            let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+        }
+    });
+    let call = client::Node::new(channel(&address)).with_deadline(DEADLINE);
+    let error = call.info().await.expect_err("no HTTP/2");
+    assert_eq!(error.code, ErrorCode::Unavailable, "{error}");
+    assert!(error.message.contains("is TLS on at one end alone?"), "{error}");
 }
 
 #[derive(Clone)]
