@@ -124,9 +124,19 @@ struct Door {
 impl Door {
     /// Lets the request in with its caller among its extensions.
     fn open(&self, need: Need, peer: Option<Peer>, request: &mut Request) -> Result<(), Error> {
-        let key = bearer(request.headers()).map(str::to_owned);
-        let key = key.or_else(|| password(request.headers()));
-        let caller = self.guard.admit(need, key.as_deref(), peer);
+        let caller = self.guard.admit(need, bearer(request.headers()), peer);
+        self.enter(caller, request)
+    }
+
+    /// The same for a browser, which may show the key as a password.
+    fn open_page(&self, peer: Option<Peer>, request: &mut Request) -> Result<(), Error> {
+        let headers = request.headers();
+        let key = bearer(headers).map(str::to_owned).or_else(|| password(headers));
+        let caller = self.guard.admit(Need::Admin, key.as_deref(), peer);
+        self.enter(caller, request)
+    }
+
+    fn enter(&self, caller: Result<Caller, Error>, request: &mut Request) -> Result<(), Error> {
         let caller = caller.inspect_err(|error| self.dispatcher.refused(error.code))?;
         request.extensions_mut().insert(caller);
         Ok(())
@@ -178,7 +188,7 @@ async fn page_request(State(door): State<Door>, mut request: Request, next: Next
         .extensions()
         .get::<ConnectInfo<Peer>>()
         .map(|ConnectInfo(peer)| *peer);
-    match door.open(Need::Admin, peer, &mut request) {
+    match door.open_page(peer, &mut request) {
         Ok(()) => next.run(request).await,
         Err(error) if error.code == ErrorCode::Unauthenticated => {
             let ask = (

@@ -112,6 +112,31 @@ async fn without_a_key_http_answers_as_openai_does() {
 }
 
 #[tokio::test]
+async fn the_live_page_is_an_administrators_and_a_browser_asks_for_the_key() {
+    let guarded = guarded().await;
+    // "anyone:of-admin" and "anyone:of-a".
+    let (admin, client) = ("Basic YW55b25lOm9mLWFkbWlu", "Basic YW55b25lOm9mLWE=");
+    for path in ["/ui", "/ui/events", "/ui/requests/0"] {
+        let asked = guarded.router.get(path).await;
+        assert_eq!(asked.status, 401, "{path}: {}", asked.body);
+        let scheme = &asked.headers["www-authenticate"];
+        assert!(scheme.starts_with("Basic realm="), "{scheme}");
+        let denied = guarded
+            .router
+            .send("GET", path, &[("authorization", client)], b"")
+            .await;
+        assert_eq!(denied.status, 403, "{path}: {}", denied.body);
+    }
+    for key in [admin, "Bearer of-admin"] {
+        let page = guarded
+            .router
+            .send("GET", "/ui", &[("authorization", key)], b"")
+            .await;
+        assert_eq!(page.status, 200, "{}", page.body);
+    }
+}
+
+#[tokio::test]
 async fn a_request_over_http_is_of_the_tenant_of_its_key() {
     let guarded = guarded().await;
     let bearer = ("authorization", "bearer of-a");
