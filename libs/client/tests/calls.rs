@@ -186,8 +186,9 @@ async fn a_peer_that_is_not_there_is_unavailable_and_one_that_hangs_is_late() {
 
 #[tokio::test]
 async fn a_peer_that_has_tls_alone_is_unavailable_and_the_reason_guessed() {
-    /// As a TLS server says that what it heard is no handshake: a fatal alert, protocol_version.
-    const ALERT: &[u8] = &[21, 3, 3, 0, 2, 2, 70];
+    /// As a TLS server says that what it heard is no handshake: a fatal alert, protocol_version, and its goodbye. Together they are
+    /// longer than the head of an HTTP/2 frame, so that nobody waits for the rest of one.
+    const ALERT: &[u8] = &[21, 3, 3, 0, 2, 2, 70, 21, 3, 3, 0, 2, 1, 0];
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("bound").to_string();
     tokio::spawn(async move {
