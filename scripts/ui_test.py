@@ -189,7 +189,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         command = [arguments.perigee, "up", "-o", "json", "--model", arguments.model, "--http-port", "0", "--grpc-port", "0",
                    "--prefill", "1", "--decode", "2", "--kv-memory", "128MiB", "--threads", "1", "--set", f"kv.disk_path={scratch}/disk",
-                   "--set", "kv.disk_capacity=256MiB"]
+                   "--set", "kv.disk_capacity=256MiB", "--set", "router.local_prefill_tokens_max=64"]
         log = open(pathlib.Path(scratch) / "up.log", "w")
         up = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         browser = None

@@ -272,7 +272,10 @@ impl Track {
         let mut timeline = self.live.lock();
         timeline.cached_tokens = usage.cached_tokens;
         if let Some(placement) = timeline.placement() {
-            placement.told = told(report.clone());
+            // A node that tells no parts at the end may have told some before.
+            if placement.told.spans.is_empty() || !report.spans.is_empty() {
+                placement.told = told(report.clone());
+            }
         }
     }
 

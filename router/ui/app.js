@@ -124,7 +124,7 @@ function chart(id, title) {
 
 function note(element, ...pairs) {
   const shown = pairs.filter(([, value]) => value !== null);
-  element.children[1].replaceChildren(...shown.flatMap(([name, value, kind], at) => [at ? " · " : "", name && `${name} `, make("b", { class: kind, text: value })]));
+  element.children[1].replaceChildren(...shown.map(([name, value, kind], at) => make("span", { class: `note-${kind || "plain"}` }, at ? " · " : "", name && `${name} `, make("b", { class: kind, text: value }))));
 }
 
 function charts(steps) {
@@ -143,7 +143,7 @@ function charts(steps) {
   const [p50, p95] = [padded(steps.ttft_p50_ms, STEPS, null), padded(steps.ttft_p95_ms, STEPS, null)];
   const most = lines(first.children[2], [["p95", p95], ["p50", p50]], `Time to first token over five minutes: median ${time(newest(p50))}, 95th percentile ${time(newest(p95))}`);
   const none = newest(p50) === null;
-  note(first, ["median", none ? null : time(newest(p50)), "p50"], ["p95", none ? null : time(newest(p95)), "p95"], ["scale to", none ? null : time(most), ""]);
+  note(first, ["median", none ? null : time(newest(p50)), "p50"], ["p95", none ? null : time(newest(p95)), "p95"], ["scale to", none ? null : time(most), "scale"]);
 
   const tokens = chart("chart-tokens", "Tokens per second");
   // The last step is not complete.
@@ -160,7 +160,7 @@ function requests(list) {
 }
 
 function createRow(request) {
-  const cells = ["id", "", "number", "number wide", "number", "number", "wide", "way"].map((kind) => make("td", { class: kind }));
+  const cells = ["id", "", "number", "number wide", "number middle", "number", "wide", "way"].map((kind) => make("td", { class: kind }));
   cells[0].textContent = request.id.slice(0, 8);
   cells[1].append(make("span", { class: "state" }));
   cells[7].append(make("span", { class: "bars" }));

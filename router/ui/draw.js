@@ -80,6 +80,8 @@ const CARD = { width: 168, height: 58, gap: 12 };
 const CARDS_MAX = 6;
 /** A card needs so much for its two lines of text, with the gap below it. */
 const STEP_MIN = 46;
+/** Room below the middle column for what goes past it. */
+const LANE = 20;
 const ROLES = ["prefill", "decode", "store"];
 
 /** Narrower than this, kinds of nodes stand below each other. */
@@ -96,14 +98,18 @@ export function flow(svg, snapshot) {
   const { links, cards, labels } = svg.layers;
   keyed(cards, places.cards, (card) => card.id, createCard, updateCard);
   const shown = snapshot.links.filter((link) => places.at.has(link.from) && places.at.has(link.to));
-  const ways = shown.map((link) => ({ ...link, from: places.at.get(link.from), to: places.at.get(link.to), name: `${link.from}→${link.to}`, source: link.from }));
+  const ways = shown.map((link) => {
+    const [from, to] = [places.at.get(link.from), places.at.get(link.to)];
+    return { ...link, from, to, lane: to.column - from.column > 1 ? places.lane : null, name: `${link.from}→${link.to}`, source: link.from };
+  });
   keyed(links, ways, (way) => way.name, createLink, updateLink);
   keyed(labels, ways.filter((way) => label(way)), (way) => way.name, () => draw("text", { class: "rate", "text-anchor": "middle" }), (text, way) => {
     text.textContent = label(way);
     // Nearer to where it goes, so that labels of ways from one node lie apart.
     const [from, to] = [way.from.out, way.to.in];
-    text.setAttribute("x", from.x + (to.x - from.x) * 0.56);
-    text.setAttribute("y", from.y + (to.y - from.y) * 0.56 + (narrow ? 4 : -5));
+    const { lane } = way;
+    text.setAttribute("x", lane ? (lane.left + lane.right) / 2 : from.x + (to.x - from.x) * 0.56);
+    text.setAttribute("y", lane ? lane.y + 4 : from.y + (to.y - from.y) * 0.56 + (narrow ? 4 : -5));
   });
   keyed(svg.layers.titles, places.titles, (title) => title.text, () => draw("text", { class: "column" }), (text, title) => {
     text.textContent = title.text;
@@ -126,12 +132,13 @@ function layout(snapshot, width, height) {
   const at = new Map();
   const cards = [];
   const titles = [];
+  let lane = null;
   columns.forEach((nodes, column) => {
     const x = Math.round((column * (width - card.width)) / 2);
     // Stores feed the prefill nodes' caches, so they stand below them.
     const below = column === 1 ? stores : [];
     const groups = [nodes, below].filter((group) => group.length);
-    const room = height - 18 * groups.length;
+    const room = height - 18 * groups.length - (column === 1 ? LANE : 0);
     const most = Math.max(groups.length, Math.floor(room / STEP_MIN));
     // Stores are the less interesting ones.
     const kept = groups.length > 1 ? Math.min(2, groups[1].length) : 0;
@@ -139,19 +146,20 @@ function layout(snapshot, width, height) {
     const rows = places.reduce((sum, rows) => sum + rows, 0);
     const step = Math.min(card.height + card.gap, room / Math.max(rows, 1));
     const tall = Math.min(card.height, Math.max(step - 5, 30));
-    let y = Math.max(0, (height - rows * step - 18 * groups.length) / 2);
+    let y = Math.max(0, (room - rows * step) / 2);
+    if (column === 1) lane = { left: x, right: x + card.width, y: Math.min(height - 8, y + rows * step + 18 * groups.length + 6) };
     groups.forEach((group, index) => {
       const role = group[0].role;
       if (role !== "router") titles.push({ text: titled(group, places[index]), x, y: y + 11 });
       y += 18;
       busiest(group, places[index]).forEach((node) => {
-        at.set(node.id, { in: { x, y: y + tall / 2 }, out: { x: x + card.width, y: y + tall / 2 } });
+        at.set(node.id, { column, in: { x, y: y + tall / 2 }, out: { x: x + card.width, y: y + tall / 2 } });
         cards.push({ id: node.id, node, snapshot, x, y, width: card.width, height: tall });
         y += step;
       });
     });
   });
-  return { at, cards, titles, height };
+  return { at, cards, titles, height, lane };
 }
 
 /** Two cards in a row, for phones. */
@@ -268,13 +276,19 @@ function updateLink(group, way) {
   const [a, b] = way.from.in.y === from.y
     ? [`${(from.x + to.x) / 2} ${from.y}`, `${(from.x + to.x) / 2} ${to.y}`]
     : [`${from.x} ${(from.y + to.y) / 2}`, `${to.x} ${(from.y + to.y) / 2}`];
-  const path = `M${from.x} ${from.y}C${a} ${b} ${to.x} ${to.y}`;
+  const path = way.lane ? around(from, way.lane, to) : `M${from.x} ${from.y}C${a} ${b} ${to.x} ${to.y}`;
   const active = way.running > 0 || way.requests_per_s > 0;
   const strength = 1.4 + Math.min(6, Math.log2(1 + way.requests_per_s) + Math.log10(1 + way.bytes_per_s / 1e4));
   group.classList.toggle("active", active);
   for (const line of group.children) line.setAttribute("d", path);
   group.children[0].setAttribute("stroke-width", active ? strength : 1.2);
   group.children[1].setAttribute("stroke-width", Math.max(2, strength * 0.8));
+}
+
+/** From one side to the other past the column between them. */
+function around(from, lane, to) {
+  const [into, out] = [(from.x + lane.left) / 2, (lane.right + to.x) / 2];
+  return `M${from.x} ${from.y}C${into} ${from.y} ${into} ${lane.y} ${lane.left} ${lane.y}H${lane.right}C${out} ${lane.y} ${out} ${to.y} ${to.x} ${to.y}`;
 }
 
 function label(way) {
@@ -322,7 +336,7 @@ export function lines(svg, series, names, area = false) {
       }
       // A value on its own is a short line, or it would not be seen.
       path += `${open ? "L" : "M"}${x(at).toFixed(2)} ${y(value).toFixed(2)}`;
-      if (!open && values[at + 1] === null) path += `h.6`;
+      if (!open && values[at + 1] === null) path += `h1`;
       open = true;
     });
     if (area && path) shapes.push(draw("path", { class: "area", d: `${path}L${WIDE} ${HIGH}L0 ${HIGH}z` }));
