@@ -49,6 +49,7 @@ const PURE: &[&str] = &[
     "kv-store/src/probe.rs",
     "router/src/index.rs",
     "router/src/cost.rs",
+    "router/src/cost/learning.rs",
     "router/src/cost/steps.rs",
     "router/src/placement.rs",
     "router/src/decisions.rs",

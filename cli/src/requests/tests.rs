@@ -103,12 +103,12 @@ fn a_request_is_shown_with_its_placements() {
 fn a_waterfall_shows_where_each_part_lies() {
     let expected = "
 request 00000000000000000000000000000007 finished after 80 ms: 300 + 4 tokens (64 cached), first token 40 ms of at most 500 ms, then 12 ms
-request                   80 ms   ████████████████████
-  tokenise              0.50 ms   ▏
-  placement  decode-1     78 ms   ████████████████████
-    prefill  prefill-0    30 ms     ████████
-    handoff  prefill-0    20 ms        █████           3.0 MiB, tcp
-    decode   decode-1     40 ms …           ██████████
+request                    80 ms   ████████████████████
+  tokenise               0.50 ms   ▏
+  placement  decode-1      78 ms   ████████████████████
+    prefill  prefill-0     30 ms     ████████
+    handoff  prefill-0     20 ms        █████           3.0 MiB, tcp
+    decode   decode-1      40 ms …           ██████████
 ";
     assert_eq!(format!("\n{}", waterfall::text(&request(), 20)), expected);
 }

@@ -260,11 +260,10 @@ async fn the_load_report_and_metrics_tell_what_was_done() {
     let model = tiny_model();
     let node = PrefillNode::start(&model, 100, config(64)).await;
     let decode = DecodeSide::start(&model, 100, &node).await;
-    assert_eq!(
-        node.handle.load().prefill_ms_per_token,
-        0.0,
-        "nothing is measured yet"
-    );
+    let before = node.handle.load();
+    let measured = before.prefill_ms_per_token + before.prefill_ms_per_token_kilocontext;
+    assert!(measured > 0.0, "a node knows its speed before its first request");
+    assert_eq!(before.transfer_bytes_per_ms, 0.0, "nothing has moved yet");
     decode
         .receive(decode.request(&prompt(1, 300)))
         .await
