@@ -1,7 +1,7 @@
 //! Which prefixes are asked for most: the beginnings that prompts share.
 //!
-//! Invariant: at most [`PREFIXES_MAX`] prefixes with at most [`CHAIN_MAX`] blocks each are remembered. The coldest one goes first, and heat
-//! halves every [`HALF_LIFE`], so what nobody asks for any more makes room by itself.
+//! Invariant: at most `PREFIXES_MAX` prefixes with at most `CHAIN_MAX` blocks each are remembered. The coldest one goes first, and heat
+//! halves every `HALF_LIFE`, so what nobody asks for any more makes room by itself.
 //!
 //! Pure: callers pass times. Elsewhere: who holds their blocks (`index.rs`).
 

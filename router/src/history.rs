@@ -1,6 +1,6 @@
 //! What came of the requests of the last minutes, in steps of a few seconds: what the live page draws.
 //!
-//! Invariant: [`STEPS`] steps are kept, each with at most [`SAMPLES_MAX`] latencies and [`LINKS_MAX`] links, however many requests come.
+//! Invariant: [`STEPS`] steps are kept, each with at most `SAMPLES_MAX` latencies and `LINKS_MAX` links, however many requests come.
 //!
 //! Pure: callers pass times. Elsewhere: the requests (`requests.rs`), the page (`ui.rs`).
 

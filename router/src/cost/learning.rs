@@ -7,7 +7,7 @@
 //!   fetched: the streams, the offer, the landing.
 //!
 //! Every estimate begins at what is known without it and moves away as far as measurements carry it; one measurement counts at most
-//! by a factor of [`OUTLIER`], so that a stalled machine or a clock that jumped teaches little.
+//! by a factor of `OUTLIER`, so that a stalled machine or a clock that jumped teaches little.
 //!
 //! Pure, and the same for equal orders of completions. Elsewhere: who asks (`cost.rs`, `placement/weigh.rs`).
 
