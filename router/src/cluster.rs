@@ -412,7 +412,7 @@ impl Cluster {
 
     fn assign(&mut self, explanation: Explanation, query: &Query<'_>, now: Instant) -> Assignment {
         let choice = explanation.choice();
-        let engine = choice.prefill.as_ref().unwrap_or(&choice.decode);
+        let engine = choice.engine();
         let foretold = Foretold {
             prefill: choice.prefill.clone(),
             decode: choice.decode.clone(),

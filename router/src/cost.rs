@@ -5,11 +5,12 @@
 //! ```
 //!
 //! The rates are what the nodes measured and reported, corrected by what completed requests took ([`learning`]). A node that has
-//! not measured yet borrows the mean of its peers' rates, and where nobody has measured the [`Priors`] hold. Between two reports of a node, what this
-//! router placed there is added to what the node said, so that a burst does not pile onto the one node that looked idle;
-//! the next report takes it over, so the sum is never staler than one report interval.
+//! not measured yet borrows the mean of its peers' rates, and where nobody has measured the [`Priors`] hold. Between two reports
+//! of a node, what this router placed there is added to what the node said, so that a burst does not pile onto the one node that
+//! looked idle; the next report takes it over, so the sum is never staler than one report interval.
 //!
-//! Pure: callers pass `now`. Elsewhere: what is learnt from completed requests (`cost/learning.rs`), decode steps (`cost/steps.rs`), the choice (`placement.rs`), the reports (`members.rs`).
+//! Pure: callers pass `now`. Elsewhere: what is learnt from completed requests (`cost/learning.rs`), decode steps
+//! (`cost/steps.rs`), the choice (`placement.rs`), the reports (`members.rs`).
 
 pub mod learning;
 mod steps;
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use types::{LoadReport, Millis, NodeId};
 
-use learning::{Foretold, Inbound, Learned, Measured};
+use learning::{Foretold, Inbound, Learned, Measured, Moved};
 pub use steps::StepTime;
 use steps::Steps;
 
@@ -91,9 +92,10 @@ impl Rates {
         Millis(self.prefill_ms_per_token * new + self.prefill_ms_per_token_kilocontext * context)
     }
 
-    /// Milliseconds to move `bytes`.
-    pub fn transfer(&self, bytes: u64) -> Millis {
-        Millis(bytes as f64 / self.transfer_bytes_per_ms)
+    /// Milliseconds to move `bytes` between this node and `other`: as fast as the slower of them.
+    pub fn transfer(&self, other: &Self, bytes: u64) -> Millis {
+        let slower = self.transfer_bytes_per_ms.min(other.transfer_bytes_per_ms);
+        Millis(bytes as f64 / slower)
     }
 
     /// Milliseconds to read `bytes` from the node's disk.
@@ -222,42 +224,38 @@ impl CostModel {
 
     /// A request is complete: what was foretold of its placement is held against what its nodes measured.
     pub fn completed(&mut self, foretold: &Foretold, measured: &Measured) {
-        let ends = |a: &NodeId, b: &NodeId, bytes: u64| {
-            let (a, b) = (self.rates(a).transfer(bytes), self.rates(b).transfer(bytes));
-            if a > b { a } else { b }
-        };
-        let engine = foretold.engine();
-        let fetched = foretold.source.as_ref().map(|source| {
-            let bytes = measured.fetch.bytes;
-            (source, ends(source, engine, bytes))
-        });
-        let handed_over = foretold.prefill.as_ref().map(|prefill| {
-            let bytes = measured.handoff.bytes;
-            (prefill, ends(prefill, &foretold.decode, bytes))
-        });
+        if let Some(prefill) = &foretold.prefill {
+            self.moved(prefill, &foretold.decode, measured.handoff);
+        }
         // A prefix that was gone when it was asked for is no error of the model.
-        let as_foretold = foretold.new_tokens + measured.cached_tokens == foretold.prompt_tokens;
-        if let Some((source, ends)) = fetched
-            && as_foretold
-        {
-            let mut moved = measured.fetch;
-            moved.took = Millis(moved.took.0 - self.priors.fetch_fixed_ms);
-            self.learned.moved(source, engine, moved, ends);
+        if foretold.new_tokens + measured.cached_tokens != foretold.prompt_tokens {
+            return;
         }
-        if let Some((prefill, ends)) = handed_over {
-            let decode = &foretold.decode;
-            self.learned.moved(prefill, decode, measured.handoff, ends);
+        let engine = foretold.engine();
+        if let Some(source) = &foretold.source {
+            let took = Millis(measured.fetch.took.0 - self.priors.fetch_fixed_ms);
+            self.moved(
+                source,
+                engine,
+                Moved {
+                    took,
+                    ..measured.fetch
+                },
+            );
         }
-        if as_foretold {
-            self.learned.computed(engine, foretold, measured.compute);
-            let prediction = &foretold.prediction;
-            let other_waits = prediction.queue + prediction.promote + prediction.fetch;
-            if foretold.prefill.is_some() && other_waits == Millis(0.0) {
-                let fixed = measured.ttft.0 - measured.compute.0 - measured.exposed.0;
-                self.learned
-                    .handed_over(Millis(fixed), self.priors.handoff_fixed_ms);
-            }
+        self.learned.computed(engine, foretold, measured.compute);
+        let prediction = &foretold.prediction;
+        let other_waits = prediction.queue + prediction.promote + prediction.fetch;
+        if foretold.prefill.is_some() && other_waits == Millis(0.0) {
+            let fixed = measured.ttft.0 - measured.compute.0 - measured.exposed.0;
+            self.learned
+                .handed_over(Millis(fixed), self.priors.handoff_fixed_ms);
         }
+    }
+
+    fn moved(&mut self, source: &NodeId, receiver: &NodeId, moved: Moved) {
+        let ends = self.rates(source).transfer(&self.rates(receiver), moved.bytes);
+        self.learned.moved(source, receiver, moved, ends);
     }
 
     /// A prompt was placed on `node`, whose `new_tokens` are predicted to compute for so long.

@@ -166,11 +166,14 @@ pub(crate) fn http(routes: axum::Router, guard: Guard, dispatcher: Dispatcher) -
     routes.layer(middleware::from_fn_with_state(door, http_request))
 }
 
+/// What is known of the other side of an HTTP connection.
+fn http_peer(request: &Request) -> Option<Peer> {
+    let info = request.extensions().get::<ConnectInfo<Peer>>();
+    info.map(|ConnectInfo(peer)| *peer)
+}
+
 async fn http_request(State(door): State<Door>, mut request: Request, next: Next) -> Response {
-    let peer = request
-        .extensions()
-        .get::<ConnectInfo<Peer>>()
-        .map(|ConnectInfo(peer)| *peer);
+    let peer = http_peer(&request);
     match door.open(Need::Client, peer, &mut request) {
         Ok(()) => next.run(request).await,
         Err(error) => openai::refused(error).into_response(),
@@ -184,10 +187,7 @@ pub(crate) fn pages(routes: axum::Router, guard: Guard, dispatcher: Dispatcher) 
 }
 
 async fn page_request(State(door): State<Door>, mut request: Request, next: Next) -> Response {
-    let peer = request
-        .extensions()
-        .get::<ConnectInfo<Peer>>()
-        .map(|ConnectInfo(peer)| *peer);
+    let peer = http_peer(&request);
     match door.open_page(peer, &mut request) {
         Ok(()) => next.run(request).await,
         Err(error) if error.code == ErrorCode::Unauthenticated => {

@@ -56,9 +56,11 @@ impl Heat {
             return;
         }
         if self.prefixes.len() == PREFIXES_MAX {
-            let coldest = self.prefixes.iter();
-            let coldest = coldest.min_by(|(_, a), (_, b)| a.heat_at(now).total_cmp(&b.heat_at(now)));
-            if let Some(coldest) = coldest.map(|(first, _)| *first) {
+            let heats = self
+                .prefixes
+                .iter()
+                .map(|(first, prefix)| (prefix.heat_at(now), *first));
+            if let Some((_, coldest)) = heats.min_by(|(a, _), (b, _)| a.total_cmp(b)) {
                 self.prefixes.remove(&coldest);
             }
         }

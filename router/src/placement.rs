@@ -189,6 +189,11 @@ pub struct Candidate {
 }
 
 impl Candidate {
+    /// Who prefills: the decode node, if nobody else does.
+    pub fn engine(&self) -> &NodeId {
+        self.prefill.as_ref().unwrap_or(&self.decode)
+    }
+
     /// Whether a policy may pick it.
     pub fn eligible(&self) -> bool {
         self.objection != Some(Objection::LocalPrefillTooLong)

@@ -89,7 +89,8 @@ struct Table {
 struct Live {
     received: Instant,
     cancelled: CancellationToken,
-    timeline: Mutex<Timeline>,
+    /// Copied only when it changes while somebody looks.
+    timeline: Mutex<Arc<Timeline>>,
 }
 
 impl Requests {
@@ -110,7 +111,7 @@ impl Requests {
         let live = Arc::new(Live {
             received,
             cancelled: CancellationToken::new(),
-            timeline: Mutex::new(Timeline::new(arrival)),
+            timeline: Mutex::new(Arc::new(Timeline::new(arrival))),
         });
         let mut table = self.lock();
         let number = table.next;
@@ -175,9 +176,13 @@ impl Snapshot {
 }
 
 impl Live {
-    fn lock(&self) -> MutexGuard<'_, Timeline> {
+    fn lock(&self) -> MutexGuard<'_, Arc<Timeline>> {
         // As above.
         self.timeline.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut Timeline) -> T) -> T {
+        change(Arc::make_mut(&mut self.lock()))
     }
 
     fn at(&self, moment: Instant) -> Millis {
@@ -186,7 +191,7 @@ impl Live {
 
     fn snapshot(&self) -> Snapshot {
         Snapshot {
-            timeline: Arc::new(self.lock().clone()),
+            timeline: Arc::clone(&self.lock()),
             now: self.at(Instant::now()),
         }
     }
@@ -201,17 +206,19 @@ impl Track {
     /// It is one that can be placed.
     pub(crate) fn tokenised(&self, prepared: &Prepared) {
         let at = self.now();
-        let mut timeline = self.live.lock();
-        timeline.tokenised = Some(at);
-        timeline.slo = prepared.terms.slo;
-        timeline.arrival.priority = prepared.terms.priority;
-        timeline.prompt_tokens = prepared.prompt.len() as u64;
-        timeline.output_tokens_max = u64::from(prepared.sampling.max_tokens);
+        self.live.change(|timeline| {
+            timeline.tokenised = Some(at);
+            timeline.slo = prepared.terms.slo;
+            timeline.arrival.priority = prepared.terms.priority;
+            timeline.prompt_tokens = prepared.prompt.len() as u64;
+            timeline.output_tokens_max = u64::from(prepared.sampling.max_tokens);
+        });
     }
 
     /// It was let in.
     pub(crate) fn admitted(&self) {
-        self.live.lock().admitted = Some(self.now());
+        let at = self.now();
+        self.live.change(|timeline| timeline.admitted = Some(at));
     }
 
     /// Nodes were chosen, and the decode node is called. What its part of the trace is to be below.
@@ -224,28 +231,31 @@ impl Track {
             ttft_predicted,
         } = chosen;
         let (sought, called) = (self.live.at(sought), self.now());
-        let mut timeline = self.live.lock();
-        timeline.placed(PlacementTimes {
-            number,
-            prefill,
-            decode,
-            sought,
-            called,
-            accepted: None,
-            first_token: None,
-            ended: None,
-            ttft_predicted,
-            told: Told::default(),
-        });
-        timeline.arrival.placement(number)
+        self.live.change(|timeline| {
+            timeline.placed(PlacementTimes {
+                number,
+                prefill,
+                decode,
+                sought,
+                called,
+                accepted: None,
+                first_token: None,
+                ended: None,
+                ttft_predicted,
+                told: Told::default(),
+            });
+            timeline.arrival.placement(number)
+        })
     }
 
     /// The decode node accepted.
     pub(crate) fn accepted(&self) {
         let at = self.now();
-        if let Some(placement) = self.live.lock().placement() {
-            placement.accepted = Some(at);
-        }
+        self.live.change(|timeline| {
+            if let Some(placement) = timeline.placement() {
+                placement.accepted = Some(at);
+            }
+        });
     }
 
     /// `count` tokens came, perhaps with what the nodes tell so far.
@@ -253,35 +263,38 @@ impl Track {
         let at = self.live.at(at);
         let shared = &self.requests.shared;
         shared.tokens.fetch_add(count, Ordering::Relaxed);
-        let mut timeline = self.live.lock();
-        let is_first = timeline.first_token.is_none() && count > 0;
-        timeline.tokens(count, at);
-        let Some(placement) = timeline.placement() else {
-            return;
-        };
-        if let Some(report) = report {
-            placement.told = told(report);
-        }
-        if is_first {
-            shared.watch.first_token(placement, at);
-        }
+        self.live.change(|timeline| {
+            let is_first = timeline.first_token.is_none() && count > 0;
+            timeline.tokens(count, at);
+            let Some(placement) = timeline.placement() else {
+                return;
+            };
+            if let Some(report) = report {
+                placement.told = told(report);
+            }
+            if is_first {
+                shared.watch.first_token(placement, at);
+            }
+        });
     }
 
     /// The nodes tell the rest.
     pub(crate) fn answered(&self, usage: &v1::Usage, report: &v1::RequestReport) {
-        let mut timeline = self.live.lock();
-        timeline.cached_tokens = usage.cached_tokens;
-        if let Some(placement) = timeline.placement() {
-            // A node that tells no parts at the end may have told some before.
-            if placement.told.spans.is_empty() || !report.spans.is_empty() {
-                placement.told = told(report.clone());
+        self.live.change(|timeline| {
+            timeline.cached_tokens = usage.cached_tokens;
+            if let Some(placement) = timeline.placement() {
+                // A node that tells no parts at the end may have told some before.
+                if placement.told.spans.is_empty() || !report.spans.is_empty() {
+                    placement.told = told(report.clone());
+                }
             }
-        }
+        });
     }
 
     /// The last placement ended, and another one may follow.
     pub(crate) fn placement_ended(&self, ending: Ending) {
-        self.live.lock().placement_ended(self.now(), ending);
+        let at = self.now();
+        self.live.change(|timeline| timeline.placement_ended(at, ending));
     }
 
     /// It ended. What is said first holds.
@@ -291,8 +304,8 @@ impl Track {
             if timeline.ended.is_some() {
                 return;
             }
-            timeline.end(self.now(), ending, error);
-            Arc::new(timeline.clone())
+            Arc::make_mut(&mut timeline).end(self.now(), ending, error);
+            Arc::clone(&timeline)
         };
         let shared = &self.requests.shared;
         {

@@ -9,10 +9,13 @@ use engine::fixture::{TinyModel, write_tiny_gguf};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use proto::v1;
+use proto::v1::inference_client::InferenceClient;
 use tests::cases::{Case, Random, token};
 use tests::etcd::Etcd;
 use tests::{Cluster, Process, client, free_port, generate, heard, perigee, wait_for, wait_for_status};
 use tokio::task::JoinSet;
+use tonic::Streaming;
+use tonic::transport::Channel;
 use types::Token;
 
 const VOCABULARY: u32 = 256;
@@ -91,6 +94,21 @@ async fn survive(
         finished.push(generated.finished);
     }
     finished
+}
+
+/// The answers to all cases, each after its first event.
+async fn open(client: &mut InferenceClient<Channel>, cases: &[Case]) -> Vec<Streaming<v1::GenerateResponse>> {
+    let mut streams = Vec::new();
+    for case in cases {
+        let mut stream = client
+            .generate(case.request())
+            .await
+            .expect("placed")
+            .into_inner();
+        stream.message().await.expect("the first event");
+        streams.push(stream);
+    }
+    streams
 }
 
 fn placed_again(finished: &[v1::Finished]) -> usize {
@@ -294,17 +312,7 @@ async fn a_killed_router_ends_only_what_streamed_through_it() {
     let mut second = start();
     serves().await;
     // All of them are in the middle of their answers when it dies.
-    let mut cut = Vec::new();
-    for case in &cases {
-        let mut client = client(&url).await;
-        let mut stream = client
-            .generate(case.request())
-            .await
-            .expect("placed")
-            .into_inner();
-        stream.message().await.expect("the first event");
-        cut.push(stream);
-    }
+    let cut = open(&mut client(&url).await, &cases).await;
     let finished = survive(&cluster.ready.grpc, &cases, &expected, async || second.kill()).await;
     assert_eq!(placed_again(&finished), 0, "a router is nobody's node");
     for mut stream in cut {
@@ -390,17 +398,7 @@ async fn a_client_that_goes_away_frees_everything() {
     let cluster = Cluster::start(&model, &["--prefill", "1", "--decode", "1"]);
     let cases = cases(14, 12);
     let mut client = cluster.client().await;
-    let mut streams = Vec::new();
-    for case in &cases {
-        let mut stream = client
-            .generate(case.request())
-            .await
-            .expect("placed")
-            .into_inner();
-        stream.message().await.expect("the first event");
-        streams.push(stream);
-    }
-    drop(streams);
+    drop(open(&mut client, &cases).await);
     wait_for_status(&mut client, |status| {
         let loads: Vec<types::LoadReport> = status
             .nodes

@@ -324,7 +324,6 @@ fn unhidden(queue: Millis, promote: Millis, fetch: Millis) -> (Millis, Millis) {
 
 /// A transfer is as fast as the slower of its ends, until their link is known.
 fn transfer(from: &NodeView, to: &NodeView, inbound: Option<&Inbound>, bytes: u64) -> Millis {
-    let (a, b) = (from.rates.transfer(bytes), to.rates.transfer(bytes));
-    let ends = if a > b { a } else { b };
+    let ends = from.rates.transfer(&to.rates, bytes);
     inbound.map_or(ends, |links| links.transfer(&from.id, bytes, ends))
 }
