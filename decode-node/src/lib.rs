@@ -154,12 +154,9 @@ impl Service {
 
 /// Measures how fast the engine is before the first request. A pool without room says nothing, and the first steps will.
 fn calibrate(engine: &mut Engine, shared: &Shared) {
-    let store = &shared.store;
-    let mut scratch = SequenceBlocks::begin(store, "", &[]);
-    let tokens = engine::CALIBRATION_TOKENS.min(store.capacity() / 2 * store.layout().block_tokens);
-    if scratch.grow_to(tokens).is_err() {
+    let Ok(scratch) = SequenceBlocks::scratch(&shared.store, engine::CALIBRATION_TOKENS) else {
         return;
-    }
+    };
     let ms = |took: Duration| took.as_secs_f64() * 1e3;
     match engine.calibrate(scratch.block_ids()) {
         Ok(None) => {}

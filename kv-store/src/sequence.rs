@@ -48,6 +48,14 @@ impl SequenceBlocks {
         sequence
     }
 
+    /// Room for `tokens` tokens of nobody's sequence, or for as many as half of the pool holds.
+    pub fn scratch(store: &Store, tokens: usize) -> Result<Self, OutOfBlocks> {
+        let half = store.capacity() / 2 * store.layout().block_tokens;
+        let mut scratch = Self::begin(store, "", &[]);
+        scratch.grow_to(tokens.min(half))?;
+        Ok(scratch)
+    }
+
     /// Root of the sequence's space: the parent of its first block.
     pub fn root(&self) -> BlockHash {
         self.root

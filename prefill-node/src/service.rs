@@ -192,11 +192,9 @@ impl Service {
 /// What the engine's speed is before the first request. A pool without room says nothing, and the first steps will.
 fn calibrated(engine: &mut Engine, store: &Store) -> StepRate {
     let mut rate = StepRate::default();
-    let mut scratch = SequenceBlocks::begin(store, "", &[]);
-    let tokens = engine::CALIBRATION_TOKENS.min(store.capacity() / 2 * store.layout().block_tokens);
-    if scratch.grow_to(tokens).is_err() {
+    let Ok(scratch) = SequenceBlocks::scratch(store, engine::CALIBRATION_TOKENS) else {
         return rate;
-    }
+    };
     match engine.calibrate(scratch.block_ids()) {
         Ok(calibration) => {
             for (positions, took) in calibration.iter().flat_map(|calibration| &calibration.prompts) {
