@@ -211,7 +211,11 @@ fn to_wire(number: u64, decision: &Decision, outcome: Option<Outcome>) -> v1::De
 }
 
 fn admission(foreseen: Foreseen) -> v1::ForeseenAdmission {
-    let Foreseen { wait, ttft, rejection } = foreseen;
+    let Foreseen {
+        wait,
+        ttft,
+        rejection,
+    } = foreseen;
     v1::ForeseenAdmission {
         wait_ms: wait.0,
         ttft_ms: ttft.0,
@@ -261,6 +265,7 @@ fn exclusion(exclusion: Exclusion) -> &'static str {
     match exclusion {
         Exclusion::Unreachable => "unreachable",
         Exclusion::Draining => "draining",
+        Exclusion::Cordoned => "cordoned",
         Exclusion::FailedBefore => "failed_before",
         Exclusion::ContextTooSmall => "context_too_small",
     }

@@ -115,7 +115,10 @@ fn headline(decision: &Decision) -> String {
 fn admission(foreseen: &v1::ForeseenAdmission) -> String {
     if let Some(rejection) = &foreseen.rejection {
         let retry_after_ms = rejection.retry_after_ms.unwrap_or_default();
-        return format!("turned away, {}; retry after {retry_after_ms} ms", rejection.message);
+        return format!(
+            "turned away, {}; retry after {retry_after_ms} ms",
+            rejection.message
+        );
     }
     let first = format!("first token after {} ms", ms(foreseen.ttft_ms));
     match foreseen.wait_ms {

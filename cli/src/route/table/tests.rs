@@ -88,7 +88,10 @@ fn what_admission_would_say_is_told() {
         wait_ms: 12.0,
         ..at_once.clone()
     };
-    assert_eq!(line(waits), "waits 12.0 ms for its place, first token after 55.2 ms");
+    assert_eq!(
+        line(waits),
+        "waits 12.0 ms for its place, first token after 55.2 ms"
+    );
     let turned_away = v1::ForeseenAdmission {
         rejection: Some(v1::Failure {
             message: "512 requests wait already".into(),
