@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use types::FinishReason;
 
 use crate::arguments::{GenerateArgs, SamplingArgs};
-use crate::output::{self, Format};
+use crate::output::{Format, View};
 use crate::reach::Router;
 
 /// A prompt from stdin larger than this is no prompt.
@@ -20,6 +20,7 @@ const DEADLINE: Duration = Duration::from_secs(600);
 
 /// Generates and prints.
 pub(crate) async fn run(arguments: GenerateArgs, router: &Router, format: Format) -> anyhow::Result<()> {
+    format.without_names()?;
     let prompt = match arguments.prompt.as_str() {
         "-" => {
             let mut text = String::new();
@@ -43,7 +44,7 @@ pub(crate) async fn run(arguments: GenerateArgs, router: &Router, format: Format
         v1::generate_request::Input::Prompt(prompt)
     };
     let request = v1::GenerateRequest {
-        model: arguments.model,
+        model: router.model_or_own(&arguments.model),
         input: Some(input),
         sampling: Some(v1::Sampling {
             ignore_eos: arguments.ignore_eos,
@@ -55,18 +56,15 @@ pub(crate) async fn run(arguments: GenerateArgs, router: &Router, format: Format
     };
     let mut out = std::io::stdout();
     let generated = stream(router, request, |text| {
-        if format == Format::Text {
+        if format.streams_text() {
             write!(out, "{text}")?;
             out.flush()?;
         }
         Ok(())
     })
     .await?;
-    match format {
-        Format::Text => println!(),
-        Format::Json => output::print_json(&generated.to_json())?,
-    }
-    Ok(())
+    // The text was printed as it came, but for the end of its last line.
+    format.print_next(&View::line(generated.to_json(), ""))
 }
 
 /// A finished generation.

@@ -5,7 +5,7 @@
 
 mod drain;
 mod log_level;
-mod show;
+pub(crate) mod show;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -14,7 +14,7 @@ use serde_json::json;
 use types::{Error, ErrorCode, NodeRecord};
 
 use crate::arguments::{NodeCommand, NodeTarget, SettingFlags};
-use crate::output::{self, Format};
+use crate::output::{Format, View};
 use crate::reach::Router;
 use crate::settings::{self, NodeSettings};
 use crate::status;
@@ -22,8 +22,8 @@ use crate::status;
 /// Runs one of the commands.
 pub(crate) async fn run(command: NodeCommand, router: &Router, format: Format) -> anyhow::Result<()> {
     match command {
-        NodeCommand::List => status::nodes(router, format).await,
-        NodeCommand::Show { node } => show::run(&node, router, format).await,
+        NodeCommand::List(watch) => status::nodes(watch, router, format).await,
+        NodeCommand::Show { node, watch } => show::run(&node, watch, router, format).await,
         NodeCommand::Drain(flags) => drain::run(&flags, router, format).await,
         NodeCommand::Resume(target) => resume(&target, router, format).await,
         NodeCommand::LogLevel(flags) => log_level::run(flags, router, format).await,
@@ -40,11 +40,8 @@ async fn resume(target: &NodeTarget, router: &Router, format: Format) -> anyhow:
         None => this_node(target, router).await?,
     };
     node.resume().await?;
-    if format == Format::Json {
-        return output::print_json(&json!({ "node": id, "state": "ready" }));
-    }
-    println!("{id} takes requests");
-    Ok(())
+    let document = json!({ "node": id, "state": "ready" });
+    format.print(&View::line(document, format!("{id} takes requests")).named([id]))
 }
 
 /// The nodes as the router sees them.

@@ -17,8 +17,8 @@ use types::{BlockHash, Checksum, Error, ErrorCode};
 
 use super::flags::{ExportArgs, ImportArgs};
 use super::prompt::Prompt;
-use super::{cache, count_json, find};
-use crate::output::{self, Format};
+use super::{cache, find};
+use crate::output::{self, Format, View};
 use crate::reach::Reached;
 
 /// First line of a file. Older programs refuse a format that they do not know.
@@ -73,16 +73,14 @@ pub(super) async fn export(
         return Err(Error::unavailable(message).into());
     }
     let blocks = chain.chain.len();
-    if format == Format::Json {
-        return output::print_json(&json!({
-            "node": holder.id,
-            "file": flags.file,
-            "blocks": blocks,
-            "bytes": written,
-        }));
-    }
-    println!("{blocks} blocks of {} are in {}", holder.id, flags.file.display());
-    Ok(())
+    let document = json!({
+        "node": holder.id,
+        "file": flags.file,
+        "blocks": blocks,
+        "bytes": written,
+    });
+    let line = format!("{blocks} blocks of {} are in {}", holder.id, flags.file.display());
+    format.print(&View::line(document, line).named([flags.file.display()]))
 }
 
 pub(super) async fn import(flags: &ImportArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
@@ -96,11 +94,9 @@ pub(super) async fn import(flags: &ImportArgs, members: &[Reached], format: Form
     let imported = cache(node)?.import(&chain, pieces).await;
     bar.finish_and_clear();
     let (imported, held) = imported?;
-    if format == Format::Json {
-        return output::print_json(&count_json(imported, held, node));
-    }
-    println!("{} took {imported} blocks and held {held} already", node.id);
-    Ok(())
+    let document = json!({ "node": node.id, "imported_blocks": imported, "held_blocks": held });
+    let line = format!("{} took {imported} blocks and held {held} already", node.id);
+    format.print(&View::line(document, line).named([&node.id]))
 }
 
 /// A file that cannot be read any further ends the stream: the node then says how much is missing.
@@ -153,7 +149,8 @@ fn read_header(file: &mut impl BufRead, path: &Path) -> Result<ExportedChain, Er
     })
 }
 
-fn refused(path: &Path, error: &std::io::Error) -> Error {
+/// What a file that cannot be opened is for the caller.
+pub(crate) fn refused(path: &Path, error: &std::io::Error) -> Error {
     let code = match error.kind() {
         std::io::ErrorKind::NotFound => ErrorCode::NotFound,
         std::io::ErrorKind::AlreadyExists => ErrorCode::Conflict,

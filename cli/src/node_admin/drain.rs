@@ -9,7 +9,7 @@ use types::{DrainProgress, Error, ErrorCode, LoadReport, NodeId, Role};
 
 use super::{connect, find, members, this_node};
 use crate::arguments::DrainArgs;
-use crate::output::{self, Format};
+use crate::output::{Format, View};
 use crate::reach::Router;
 use crate::status;
 
@@ -50,14 +50,12 @@ pub(super) async fn run(flags: &DrainArgs, router: &Router, format: Format) -> a
     } else {
         "draining"
     };
-    if format == Format::Json {
-        return output::print_json(&json!({ "node": id, "state": state }));
-    }
-    match flags.wait {
-        true => println!("{id} is drained: nothing runs on it, and its blocks were offered to its peers"),
-        false => println!("{id} drains: perigee node resume {id} lets it take requests again"),
-    }
-    Ok(())
+    let line = match flags.wait {
+        true => format!("{id} is drained: nothing runs on it, and its blocks were offered to its peers"),
+        false => format!("{id} drains: perigee node resume {id} lets it take requests again"),
+    };
+    let document = json!({ "node": id, "state": state });
+    format.print(&View::line(document, line).named([id]))
 }
 
 /// Follows the reports until the node is drained.

@@ -3,9 +3,8 @@
 use std::fmt::Write;
 
 use client::{Decision, PlacementCandidate};
-use comfy_table::Table;
 
-use crate::output;
+use crate::output::{self, Columns, or_dash};
 
 /// Candidates that are shown unless all are asked for: they fit a screen.
 const SHOWN: usize = 12;
@@ -51,23 +50,27 @@ pub(super) fn explanation(decision: &Decision, all: bool) -> String {
 }
 
 /// One line per decision.
-pub(super) fn of_decisions(decisions: &[Decision]) -> Table {
-    let mut table = output::table(&[
-        "REQUEST",
-        "TENANT",
-        "PROMPT",
-        "PREFILL",
-        "DECODE",
-        "NEW",
-        "PREDICTED",
-        "TTFT",
-        "STATE",
-        "REASON",
-    ]);
+pub(super) fn of_decisions(decisions: &[Decision], wide: bool) -> String {
+    let columns = [
+        ("REQUEST", false),
+        ("TENANT", false),
+        ("PROMPT", false),
+        ("PREFILL", false),
+        ("DECODE", false),
+        ("NEW", false),
+        ("PREDICTED", false),
+        ("TTFT", false),
+        ("STATE", false),
+        ("POLICY", true),
+        ("CANDIDATES", true),
+        ("DECIDED IN", true),
+        ("REASON", false),
+    ];
+    let mut table = Columns::new(wide, &columns);
     for decision in decisions {
         let choice = &decision.candidates[0];
         let outcome = decision.outcome.clone().unwrap_or_default();
-        table.add_row([
+        table.row([
             or_dash(&decision.request_id),
             or_dash(&decision.tenant),
             decision.prompt_tokens.to_string(),
@@ -77,10 +80,17 @@ pub(super) fn of_decisions(decisions: &[Decision]) -> Table {
             ms(choice.ttft_ms),
             ms(outcome.ttft_ms),
             or_dash(&outcome.state),
+            decision.policy.clone(),
+            weighed(decision).to_string(),
+            format!("{:.2} ms", decision.decision_ms),
             decision.reason.clone(),
         ]);
     }
-    table
+    table.text()
+}
+
+fn weighed(decision: &Decision) -> u64 {
+    decision.candidates.len() as u64 + decision.candidates_left_out
 }
 
 fn headline(decision: &Decision) -> String {
@@ -93,7 +103,7 @@ fn headline(decision: &Decision) -> String {
     if !decision.tenant.is_empty() {
         add(format!(" of tenant {}", decision.tenant));
     }
-    let weighed = decision.candidates.len() as u64 + decision.candidates_left_out;
+    let weighed = weighed(decision);
     add(format!(
         ", policy {}: {weighed} candidates weighed in {:.2} ms",
         decision.policy, decision.decision_ms
@@ -156,14 +166,6 @@ fn ms(value: f64) -> String {
         "-".to_owned()
     } else {
         format!("{value:.1}")
-    }
-}
-
-fn or_dash(text: &str) -> String {
-    if text.is_empty() {
-        "-".to_owned()
-    } else {
-        text.to_owned()
     }
 }
 
