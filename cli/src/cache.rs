@@ -13,11 +13,10 @@ use std::time::Duration;
 
 use client::{Cache, Store, StoreStats};
 use futures::{StreamExt, stream};
-use serde_json::json;
 use types::{Error, ErrorCode, NodeId};
 
 use crate::nodes;
-use crate::output::{self, Format, View, Watch};
+use crate::output::{self, Format, Watch};
 use crate::reach::{Reached, Router};
 pub(crate) use file::refused;
 pub(crate) use flags::CacheCommand;
@@ -106,14 +105,7 @@ async fn pin(flags: &PinArgs, members: &[Reached], format: Format) -> anyhow::Re
         let message = format!("{} holds nothing of this prompt", holder.id);
         return Err(Error::new(ErrorCode::NotFound, message).into());
     };
-    let document = json!({ "node": holder.id, "pin_id": pin_id, "pinned_blocks": blocks });
-    let line = format!(
-        "{} keeps {blocks} of {} blocks: unpin with perigee cache unpin --node {} {pin_id}",
-        holder.id,
-        prompt.chain.len(),
-        holder.id
-    );
-    format.print(&View::line(document, line).named([pin_id]))
+    format.print(&views::pinned(&holder.id, pin_id, blocks, prompt.chain.len()))
 }
 
 async fn unpin(flags: &UnpinArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
@@ -122,9 +114,7 @@ async fn unpin(flags: &UnpinArgs, members: &[Reached], format: Format) -> anyhow
         let message = format!("{} has no pin {}", record.id, flags.pin_id);
         return Err(Error::new(ErrorCode::NotFound, message).into());
     }
-    let document = json!({ "node": record.id, "pin_id": flags.pin_id, "unpinned": true });
-    let line = format!("unpinned {} of {}", flags.pin_id, record.id);
-    format.print(&View::line(document, line).named([flags.pin_id]))
+    format.print(&views::unpinned(&record.id, flags.pin_id))
 }
 
 async fn pins(watch: Watch, members: &[Reached], format: Format) -> anyhow::Result<()> {
@@ -180,20 +170,12 @@ async fn warm(flags: &WarmArgs, members: &[Reached], format: Format) -> anyhow::
         .await;
     bar.finish_and_clear();
     let (held, bytes) = warmed?;
-    let document = json!({
-        "from": from.id,
-        "to": to.id,
-        "held_blocks": held,
-        "fetched_bytes": bytes,
-    });
-    let line = format!(
-        "{} holds {held} of {} blocks, {} fetched from {}",
-        to.id,
+    format.print(&views::warmed(
+        (&from.id, &to.id),
+        held,
         prompt.chain.len(),
-        output::bytes(bytes),
-        from.id
-    );
-    format.print(&View::line(document, line).named([&to.id]))
+        bytes,
+    ))
 }
 
 async fn verify(node: Option<&str>, members: &[Reached], format: Format) -> anyhow::Result<()> {

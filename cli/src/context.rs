@@ -23,7 +23,8 @@ const ROUTER_VARIABLE: &str = "PERIGEE_ROUTER";
 /// Which cluster a command is for, and as whom.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct ClusterFlags {
-    /// gRPC address of the router that client commands talk to [env: PERIGEE_ROUTER] [default: the context's, or 127.0.0.1:50051].
+    /// gRPC address of the router that client commands talk to; unless given that of `PERIGEE_ROUTER`, then the context's, then
+    /// `127.0.0.1:50051`.
     #[arg(long, global = true, value_name = "ADDRESS")]
     router: Option<String>,
     /// Key that the router asks for.
@@ -62,7 +63,13 @@ impl ClusterFlags {
     /// The file of contexts or the context's key cannot be read, or there is no context of that name.
     pub(crate) fn target(&self) -> anyhow::Result<Target> {
         let contexts = match file::path() {
-            Some(path) => Contexts::load(&path)?,
+            Some(path) => match Contexts::load(&path) {
+                // A home that this user may not enter, as in many containers, holds no contexts for it.
+                Err(error) if error.code == ErrorCode::Denied && self.context.is_none() => {
+                    Contexts::default()
+                }
+                loaded => loaded?,
+            },
             None => Contexts::default(),
         };
         let variable = std::env::var(ROUTER_VARIABLE).ok();

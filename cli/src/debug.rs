@@ -45,8 +45,7 @@ const PARTS: u64 = 8;
 /// `perigee debug`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum DebugCommand {
-    /// Write what is known of the cluster into one file: status, nodes, requests, the last placement, transfers, caches, metrics,
-    /// settings and findings, without keys, prompts and names of tenants
+    /// Write what is known of the cluster into one file, without keys, prompts and names of tenants
     Bundle(BundleArgs),
 }
 

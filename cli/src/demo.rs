@@ -60,8 +60,12 @@ pub(crate) async fn run(arguments: DemoArgs, key: Option<&ApiKey>, format: Forma
     };
     cluster.stop().await?;
     let served = result?;
+    format.print(&view(&served))
+}
+
+fn view(served: &[Served]) -> View {
     let document = served.iter().map(Served::to_json).collect();
-    format.print(&View::new(document, |_| table(&served)))
+    View::new(document, |_| table(served))
 }
 
 /// A request that was served, with its name in the table.
@@ -172,4 +176,20 @@ fn table(served: &[Served]) -> String {
         ]);
     }
     format!("\n{}", output::table_text(&table))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generate::tests::generated;
+    use crate::output::golden;
+
+    #[test]
+    fn each_request_is_a_row_with_where_it_ran() {
+        let served = Served {
+            name: "turn 1".into(),
+            generated: generated(),
+        };
+        golden::check("demo", &view(&[served]));
+    }
 }

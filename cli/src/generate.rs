@@ -160,3 +160,38 @@ pub(crate) async fn stream(
     }
     Err(types::Error::internal("the stream went on after its end").into())
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::output::golden;
+
+    /// A generation that went from a prefill to a decode node.
+    pub(crate) fn generated() -> Generated {
+        Generated {
+            text: "Paris.".into(),
+            tokens: vec![3, 1, 4],
+            reason: FinishReason::Stop,
+            usage: v1::Usage {
+                prompt_tokens: 300,
+                completion_tokens: 3,
+                cached_tokens: 64,
+            },
+            report: v1::RequestReport {
+                prefill_node: "prefill-0".into(),
+                decode_node: "decode-1".into(),
+                handoff_bytes: 3 << 20,
+                transport: "tcp".into(),
+                ttft_ms: 41.5,
+                tbt_mean_ms: 12.5,
+                placements: 1,
+                ..v1::RequestReport::default()
+            },
+        }
+    }
+
+    #[test]
+    fn a_generation_is_a_document_with_its_report() {
+        golden::check("generate", &View::line(generated().to_json(), ""));
+    }
+}

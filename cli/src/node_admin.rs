@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use client::{Node, NodeStatus};
 use serde_json::json;
-use types::{Error, ErrorCode, NodeRecord};
+use types::{Error, ErrorCode, NodeId, NodeRecord};
 
 use crate::arguments::{NodeCommand, NodeTarget, SettingFlags};
 use crate::output::{Format, View};
@@ -40,8 +40,12 @@ async fn resume(target: &NodeTarget, router: &Router, format: Format) -> anyhow:
         None => this_node(target, router).await?,
     };
     node.resume().await?;
+    format.print(&resumed(&id))
+}
+
+fn resumed(id: &NodeId) -> View {
     let document = json!({ "node": id, "state": "ready" });
-    format.print(&View::line(document, format!("{id} takes requests")).named([id]))
+    View::line(document, format!("{id} takes requests")).named([id])
 }
 
 /// The nodes as the router sees them.
@@ -63,7 +67,7 @@ fn connect(router: &Router, record: &NodeRecord) -> Result<Node, Error> {
 }
 
 /// The node whose settings these are, asked for its name.
-async fn this_node(target: &NodeTarget, router: &Router) -> anyhow::Result<(Node, types::NodeId)> {
+async fn this_node(target: &NodeTarget, router: &Router) -> anyhow::Result<(Node, NodeId)> {
     let flags = SettingFlags {
         config: target.config.clone(),
         ..SettingFlags::default()

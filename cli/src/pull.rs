@@ -69,11 +69,15 @@ pub(crate) fn pull(args: &PullArgs, format: Format) -> anyhow::Result<()> {
             )
         ));
     };
+    format.print(&view(&pulled)?)
+}
+
+fn view(pulled: &[Pulled]) -> anyhow::Result<View> {
     let paths = || pulled.iter().map(|file| file.path.display());
-    let view = View::new(serde_json::to_value(&pulled)?, |_| {
+    let view = View::new(serde_json::to_value(pulled)?, |_| {
         paths().map(|path| format!("{path}\n")).collect()
     });
-    format.print(&view.named(paths()))
+    Ok(view.named(paths()))
 }
 
 /// Waits until no other pull works in this folder: machines that share it may start at the same time, and would write into each other's
@@ -165,6 +169,18 @@ fn present(path: &Path, expected: Option<&str>) -> anyhow::Result<Option<Pulled>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::output::golden;
+
+    #[test]
+    fn a_pull_says_where_the_files_lie() {
+        let pulled = Pulled {
+            path: "models/tiny.gguf".into(),
+            bytes: 4096,
+            sha256: "00aa".into(),
+            downloaded: true,
+        };
+        golden::check("model-pull", &view(&[pulled]).expect("JSON"));
+    }
 
     #[test]
     fn a_pull_waits_for_another_in_its_folder() {

@@ -75,10 +75,14 @@ pub(crate) async fn run(command: RequestCommand, router: &Router, format: Format
         RequestCommand::Cancel { id } => {
             let id = read_id(&id)?;
             let count = requests.cancel(id).await?;
-            let document = json!({ "request_id": id.to_string(), "cancelled": count });
-            format.print(&View::line(document, format!("request {id} is cancelled")).named([id]))
+            format.print(&cancelled(id, count))
         }
     }
+}
+
+fn cancelled(id: RequestId, count: u32) -> View {
+    let document = json!({ "request_id": id.to_string(), "cancelled": count });
+    View::line(document, format!("request {id} is cancelled")).named([id])
 }
 
 /// An id as it is shown, or as a UUID.

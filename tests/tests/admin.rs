@@ -98,7 +98,10 @@ fn a_context_reaches_a_cluster_that_asks_for_keys_and_every_form_says_the_same()
     let folder = tempfile::tempdir().expect("folder");
     let (cluster, client, key) = cluster(&tiny(folder.path()));
     let contexts = client.print(&["context", "list", "-o", "wide"]);
-    assert!(contexts.contains("admin.key") && !contexts.contains(&key), "{contexts}");
+    assert!(
+        contexts.contains("admin.key") && !contexts.contains(&key),
+        "{contexts}"
+    );
     client.print(&["generate", PROMPT, "--tenant", TENANT, "--max-tokens", "3"]);
 
     let names = client.print(&["node", "list", "-o", "name"]);
@@ -108,13 +111,20 @@ fn a_context_reaches_a_cluster_that_asks_for_keys_and_every_form_says_the_same()
     assert_eq!(names, ["decode-0", "prefill-0"]);
     let text = client.print(&["node", "list", "-o", "table"]);
     let wide = client.print(&["node", "list", "-o", "wide"]);
-    assert!(wide.contains("TRANSFER") && !text.contains("TRANSFER"), "{wide}{text}");
+    assert!(
+        wide.contains("TRANSFER") && !text.contains("TRANSFER"),
+        "{wide}{text}"
+    );
     assert!(!wide.contains('\x1b'), "colours are for terminals: {wide:?}");
     let yaml = client.print(&["node", "show", "decode-0", "-o", "yaml"]);
     assert!(yaml.starts_with("record:\n  id: decode-0\n"), "{yaml}");
 
     let models = client.json(&["model", "list"]);
-    assert_eq!(models["served"][0]["nodes"].as_array().map(Vec::len), Some(2), "{models}");
+    assert_eq!(
+        models["served"][0]["nodes"].as_array().map(Vec::len),
+        Some(2),
+        "{models}"
+    );
     assert!(models["served"][0]["block_tokens"].as_u64() > Some(0), "{models}");
     let tenants = client.print(&["tenant", "list", "-o", "name"]);
     assert_eq!(tenants, format!("{TENANT}\n"));
@@ -192,13 +202,23 @@ fn a_debug_bundle_has_all_parts_and_neither_keys_nor_prompts_nor_tenants() {
             assert!(!text.contains(secret), "{name} has {secret}: {text}");
         }
     }
-    assert!(files["requests.json"].contains("\"tenant\": \"tenant-"), "{}", files["requests.json"]);
+    assert!(
+        files["requests.json"].contains("\"tenant\": \"tenant-"),
+        "{}",
+        files["requests.json"]
+    );
     assert!(files["metrics/decode-0.txt"].contains("perigee_decode_"));
     let (code, _, complained) = client.run(&["debug", "bundle", "--to", &to]);
     assert_eq!(code, 73, "a file that is there is kept: {complained}");
 
     let kept = folder.path().join("kept.tar.gz");
-    client.print(&["debug", "bundle", "--keep-tenants", "--to", &kept.display().to_string()]);
+    client.print(&[
+        "debug",
+        "bundle",
+        "--keep-tenants",
+        "--to",
+        &kept.display().to_string(),
+    ]);
     assert!(unpacked(&kept)["requests.json"].contains(TENANT));
 
     // What is left of a cluster that is gone is written, too.
@@ -208,7 +228,11 @@ fn a_debug_bundle_has_all_parts_and_neither_keys_nor_prompts_nor_tenants() {
     let bundled = client.json(&["debug", "bundle", "--to", &gone.display().to_string()]);
     assert!(bundled["failed"].as_u64() > Some(0), "{bundled}");
     let files = unpacked(&gone);
-    assert!(files["errors.txt"].contains("status.json: "), "{}", files["errors.txt"]);
+    assert!(
+        files["errors.txt"].contains("status.json: "),
+        "{}",
+        files["errors.txt"]
+    );
     assert!(files.contains_key("config.json"), "{:?}", files.keys());
     assert!(!files["errors.txt"].contains(&key));
 }
@@ -231,9 +255,16 @@ fn a_bad_admin_command_ends_with_a_code_that_says_so(#[case] arguments: &[&str],
 #[test]
 fn a_file_of_contexts_with_an_unknown_key_is_refused_by_its_name() {
     let client = Client::new();
-    fs::write(client.folder.path().join("contexts.toml"), "[contexts.a]\nruoter = \"x\"\n").expect("written");
+    fs::write(
+        client.folder.path().join("contexts.toml"),
+        "[contexts.a]\nruoter = \"x\"\n",
+    )
+    .expect("written");
     let (code, _, complained) = client.run(&["context", "list"]);
-    assert!(code == 64 && complained.contains("ruoter"), "{code}: {complained}");
+    assert!(
+        code == 64 && complained.contains("ruoter"),
+        "{code}: {complained}"
+    );
 }
 
 #[test]
@@ -249,6 +280,14 @@ fn settings_are_compared_with_the_defaults_and_with_a_file() {
     assert_eq!(client.print(&[&set[..], &["--other", &file]].concat()), "");
     let differences = client.json(&["config", "diff", "--config", &file]);
     let difference = &differences["differences"][0];
-    assert_eq!((&difference["theirs"], &difference["ours"]), (&32.into(), &64.into()));
-    assert!(difference["source"].as_str().expect("text").ends_with("perigee.toml"));
+    assert_eq!(
+        (&difference["theirs"], &difference["ours"]),
+        (&32.into(), &64.into())
+    );
+    assert!(
+        difference["source"]
+            .as_str()
+            .expect("text")
+            .ends_with("perigee.toml")
+    );
 }

@@ -12,13 +12,12 @@ use client::ExportedChain;
 use futures::stream;
 use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use types::{BlockHash, Checksum, Error, ErrorCode};
 
 use super::flags::{ExportArgs, ImportArgs};
 use super::prompt::Prompt;
-use super::{cache, find};
-use crate::output::{self, Format, View};
+use super::{cache, find, views};
+use crate::output::{self, Format};
 use crate::reach::Reached;
 
 /// First line of a file. Older programs refuse a format that they do not know.
@@ -73,14 +72,7 @@ pub(super) async fn export(
         return Err(Error::unavailable(message).into());
     }
     let blocks = chain.chain.len();
-    let document = json!({
-        "node": holder.id,
-        "file": flags.file,
-        "blocks": blocks,
-        "bytes": written,
-    });
-    let line = format!("{blocks} blocks of {} are in {}", holder.id, flags.file.display());
-    format.print(&View::line(document, line).named([flags.file.display()]))
+    format.print(&views::exported(&holder.id, &flags.file, blocks, written))
 }
 
 pub(super) async fn import(flags: &ImportArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
@@ -94,9 +86,7 @@ pub(super) async fn import(flags: &ImportArgs, members: &[Reached], format: Form
     let imported = cache(node)?.import(&chain, pieces).await;
     bar.finish_and_clear();
     let (imported, held) = imported?;
-    let document = json!({ "node": node.id, "imported_blocks": imported, "held_blocks": held });
-    let line = format!("{} took {imported} blocks and held {held} already", node.id);
-    format.print(&View::line(document, line).named([&node.id]))
+    format.print(&views::imported(&node.id, imported, held))
 }
 
 /// A file that cannot be read any further ends the stream: the node then says how much is missing.

@@ -1,5 +1,6 @@
 //! What the nodes said of their caches, as it is printed. Pure.
 
+use std::path::Path;
 use std::time::Duration;
 
 use client::{Located, PinnedChain, RankedBlock, StoreStats, Verification};
@@ -206,6 +207,43 @@ pub(super) fn pins(answers: &[(&NodeId, &Vec<PinnedChain>)]) -> View {
         }
         output::table_text(&table)
     })
+}
+
+/// What a pin keeps of a prompt, and how to end it.
+pub(super) fn pinned(node: &NodeId, pin_id: u64, blocks: u64, of_blocks: usize) -> View {
+    let document = json!({ "node": node, "pin_id": pin_id, "pinned_blocks": blocks });
+    let line = format!(
+        "{node} keeps {blocks} of {of_blocks} blocks: unpin with perigee cache unpin --node {node} {pin_id}"
+    );
+    View::line(document, line).named([pin_id])
+}
+
+/// A pin that ended.
+pub(super) fn unpinned(node: &NodeId, pin_id: u64) -> View {
+    let document = json!({ "node": node, "pin_id": pin_id, "unpinned": true });
+    View::line(document, format!("unpinned {pin_id} of {node}")).named([pin_id])
+}
+
+/// What a node holds now of a prompt, and what came from another one for it.
+pub(super) fn warmed((from, to): (&NodeId, &NodeId), held: u64, of_blocks: usize, bytes: u64) -> View {
+    let document = json!({ "from": from, "to": to, "held_blocks": held, "fetched_bytes": bytes });
+    let fetched = output::bytes(bytes);
+    let line = format!("{to} holds {held} of {of_blocks} blocks, {fetched} fetched from {from}");
+    View::line(document, line).named([to])
+}
+
+/// A file of blocks that was written.
+pub(super) fn exported(node: &NodeId, file: &Path, blocks: usize, bytes: u64) -> View {
+    let document = json!({ "node": node, "file": file, "blocks": blocks, "bytes": bytes });
+    let line = format!("{blocks} blocks of {node} are in {}", file.display());
+    View::line(document, line).named([file.display()])
+}
+
+/// What a node took of a file of blocks.
+pub(super) fn imported(node: &NodeId, imported: u64, held: u64) -> View {
+    let document = json!({ "node": node, "imported_blocks": imported, "held_blocks": held });
+    let line = format!("{node} took {imported} blocks and held {held} already");
+    View::line(document, line).named([node])
 }
 
 /// What each node dropped, and what it kept.

@@ -171,7 +171,7 @@ fn read(path: &Path, bytes_max: u64) -> Result<String, Error> {
         Ok(_) => Ok(text),
         Err(error) => refused(
             match error.kind() {
-                ErrorKind::NotFound => ErrorCode::NotFound,
+                ErrorKind::NotFound | ErrorKind::NotADirectory => ErrorCode::NotFound,
                 ErrorKind::PermissionDenied => ErrorCode::Denied,
                 _ => ErrorCode::Invalid,
             },

@@ -44,18 +44,24 @@ pub(super) async fn run(flags: &DrainArgs, router: &Router, format: Format) -> a
         None => this_node(&flags.target, router).await?,
     };
     node.drain().await?;
-    let state = if flags.wait {
+    if flags.wait {
         wait(&node, &id, flags.timeout.into()).await?;
-        "drained"
-    } else {
-        "draining"
+    }
+    format.print(&view(&id, flags.wait))
+}
+
+fn view(id: &NodeId, drained: bool) -> View {
+    let (state, line) = match drained {
+        true => (
+            "drained",
+            format!("{id} is drained: nothing runs on it, and its blocks were offered to its peers"),
+        ),
+        false => (
+            "draining",
+            format!("{id} drains: perigee node resume {id} lets it take requests again"),
+        ),
     };
-    let line = match flags.wait {
-        true => format!("{id} is drained: nothing runs on it, and its blocks were offered to its peers"),
-        false => format!("{id} drains: perigee node resume {id} lets it take requests again"),
-    };
-    let document = json!({ "node": id, "state": state });
-    format.print(&View::line(document, line).named([id]))
+    View::line(json!({ "node": id, "state": state }), line).named([id])
 }
 
 /// Follows the reports until the node is drained.
@@ -149,6 +155,14 @@ fn check_not_last(node: &NodeStatus, members: &[NodeStatus]) -> Result<(), Error
 mod tests {
     use super::super::tests::node;
     use super::*;
+    use crate::output::golden;
+
+    #[test]
+    fn a_drain_says_how_far_it_came() {
+        let id = NodeId::new("decode-0");
+        golden::check("node-drain", &view(&id, false));
+        golden::check("node-drain-wait", &view(&id, true));
+    }
 
     #[test]
     fn the_last_ready_decode_node_of_a_model_is_not_drained() {

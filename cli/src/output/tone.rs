@@ -35,11 +35,16 @@ pub(crate) fn paint(tone: Tone, text: &str) -> String {
     format!("{begin}{text}{end}")
 }
 
-/// Whether stdout shows colours and nobody asked for none (<https://no-color.org>).
+/// Whether stdout shows colours and nobody asked for none.
 pub(super) fn on_stdout() -> bool {
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-    let dumb = set("TERM").is_some_and(|terminal| terminal == "dumb");
-    set("NO_COLOR").is_none() && !dumb && std::io::stdout().is_terminal()
+    let set = |name: &str| std::env::var(name).ok();
+    let is_terminal = std::io::stdout().is_terminal();
+    are_wanted(set("NO_COLOR").as_deref(), set("TERM").as_deref(), is_terminal)
+}
+
+/// As <https://no-color.org> has it: a variable that is empty says nothing.
+fn are_wanted(no_color: Option<&str>, term: Option<&str>, is_terminal: bool) -> bool {
+    no_color.unwrap_or_default().is_empty() && term != Some("dumb") && is_terminal
 }
 
 /// Puts what they stand for in place of the marks, or nothing.
@@ -53,4 +58,18 @@ pub(super) fn resolve(text: &str, colours: bool) -> String {
         }
     }
     resolved
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colours_are_for_terminals_whose_users_want_them() {
+        assert!(are_wanted(None, Some("xterm"), true));
+        assert!(are_wanted(Some(""), None, true));
+        assert!(!are_wanted(Some("1"), Some("xterm"), true));
+        assert!(!are_wanted(None, Some("dumb"), true));
+        assert!(!are_wanted(None, Some("xterm"), false));
+    }
 }

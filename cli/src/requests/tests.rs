@@ -111,3 +111,9 @@ fn the_json_of_a_request_has_its_parts_and_that_of_a_list_has_none() {
     assert_eq!(whole["tbt_slo_ms"], Value::Null);
     assert!(to_json(&request(), false).get("spans").is_none());
 }
+
+#[test]
+fn a_request_that_was_cancelled_is_told() {
+    let id = read_id(&request().request_id).expect("an id");
+    golden::check("request-cancel", &cancelled(id, 1));
+}

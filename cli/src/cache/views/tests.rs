@@ -129,3 +129,16 @@ fn what_was_dropped_and_what_was_verified_is_told_per_node() {
     };
     golden::check("cache-verify", &verified(&[(decode, found)]));
 }
+
+#[test]
+fn what_was_done_with_a_prompts_blocks_is_a_line() {
+    let (decode, store) = (NodeId::new("decode-0"), NodeId::new("store-0"));
+    golden::check("cache-pin", &pinned(&decode, 7, 12, 16));
+    golden::check("cache-unpin", &unpinned(&decode, 7));
+    golden::check("cache-warm", &warmed((&decode, &store), 12, 16, 3 << 20));
+    golden::check(
+        "cache-export",
+        &exported(&decode, Path::new("prompt.kv"), 12, 3 << 20),
+    );
+    golden::check("cache-import", &imported(&store, 10, 2));
+}
