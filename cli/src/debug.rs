@@ -71,6 +71,7 @@ pub(crate) async fn run(command: DebugCommand, target: &Target, format: Format) 
     // Nothing is asked for what could not be kept.
     let file = bundle::create(&path)?;
     let mut bundle = collect(&flags, target).await;
+    bundle.finish();
     let mut redactor = Redactor::new(target.key.as_ref())?;
     if !flags.keep_tenants {
         redactor.hide_tenants(bundle.documents());
@@ -131,7 +132,6 @@ async fn collect(flags: &BundleArgs, target: &Target) -> Bundle {
     };
     part(&mut bundle, "status.json", status).await;
     of_nodes(&mut bundle, target, &router, &nodes).await;
-    bundle.finish();
     bundle
 }
 

@@ -180,14 +180,14 @@ pub(crate) fn table(header: &[&str]) -> Table {
     table
 }
 
-/// A table of these columns, or of those alone that are no `(…, false)` where not all are wanted.
+/// A table, some columns of which are for wide terminals only.
 pub(crate) struct Columns {
     shown: Vec<bool>,
     table: Table,
 }
 
 impl Columns {
-    /// Columns by name; those that come with `true` are shown to wide terminals only.
+    /// Columns by name; those that come with `true` are left out unless `wide`.
     pub(crate) fn new(wide: bool, columns: &[(&str, bool)]) -> Self {
         let shown: Vec<bool> = columns.iter().map(|(_, wide_only)| wide || !wide_only).collect();
         let header = columns.iter().zip(&shown).filter(|(_, shown)| **shown);

@@ -8,7 +8,7 @@ use clap::Subcommand;
 use client::{PlacementTimeline, RequestTimeline, Requests, TimelineSpan};
 use comfy_table::Table;
 use serde_json::{Value, json};
-use types::RequestId;
+use types::{ErrorCode, RequestId};
 
 use crate::output::{self, Columns, Format, Tone, View, Watch, or_dash, paint};
 use crate::reach::Router;
@@ -156,14 +156,14 @@ fn of_requests(requests: &[RequestTimeline], wide: bool) -> String {
     table.text()
 }
 
-/// A request's state in its colour.
-fn painted(state: &str) -> String {
-    match state {
-        "finished" => paint(Tone::Good, state),
-        "failed" => paint(Tone::Bad, state),
-        "cancelled" | "rejected" => paint(Tone::Warning, state),
-        // It runs.
-        state => state.to_owned(),
+/// A request's state in its colour: how it ended, or where it is on its way.
+pub(crate) fn painted(state: &str) -> String {
+    match (state, ErrorCode::parse(state)) {
+        ("finished", _) => paint(Tone::Good, state),
+        // Its client left, or may try again.
+        ("cancelled", _) | (_, Some(ErrorCode::Overloaded)) => paint(Tone::Warning, state),
+        (_, Some(_)) => paint(Tone::Bad, state),
+        (_, None) => state.to_owned(),
     }
 }
 

@@ -78,7 +78,7 @@ fn a_request_is_shown_with_its_placements() {
     let text = |request: &RequestTimeline| output::table_text(&of_request(request));
     golden::check("request-show", &show_view(&[request()], text));
     let mut renamed = request();
-    renamed.state = "failed".into();
+    renamed.state = "unavailable".into();
     renamed.error = "the decode node was lost".into();
     let both = show_view(&[request(), renamed], text);
     assert_eq!(both.documents().len(), 2, "clients may name requests alike");
@@ -116,4 +116,17 @@ fn the_json_of_a_request_has_its_parts_and_that_of_a_list_has_none() {
 fn a_request_that_was_cancelled_is_told() {
     let id = read_id(&request().request_id).expect("an id");
     golden::check("request-cancel", &cancelled(id, 1));
+}
+
+#[test]
+fn a_request_that_failed_looks_other_than_one_that_goes_on() {
+    for (state, tone) in [
+        ("finished", Tone::Good),
+        ("cancelled", Tone::Warning),
+        ("overloaded", Tone::Warning),
+        ("unavailable", Tone::Bad),
+    ] {
+        assert_eq!(painted(state), paint(tone, state));
+    }
+    assert_eq!(painted("decoding"), "decoding");
 }

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use client::{Decision, PlacementCandidate};
 
 use crate::output::{self, Columns, or_dash};
+use crate::requests::painted;
 
 /// Candidates that are shown unless all are asked for: they fit a screen.
 const SHOWN: usize = 12;
@@ -79,7 +80,7 @@ pub(super) fn of_decisions(decisions: &[Decision], wide: bool) -> String {
             choice.new_tokens.to_string(),
             ms(choice.ttft_ms),
             ms(outcome.ttft_ms),
-            or_dash(&outcome.state),
+            or_dash(&painted(&outcome.state)),
             decision.policy.clone(),
             weighed(decision).to_string(),
             format!("{:.2} ms", decision.decision_ms),
