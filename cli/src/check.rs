@@ -17,15 +17,17 @@ use std::time::{Instant, SystemTime};
 use client::TransferMover;
 use futures::{StreamExt, stream};
 use node::config::Loaded;
-use node::{ApiKey, Tls, task, tls};
+use node::{Tls, task, tls};
 use serde::Serialize;
 use serde_json::json;
 use transfer::{TcpTransport, Transport};
 use types::{Epoch, Error};
 
-use crate::arguments::CheckArgs;
+use crate::arguments::{CheckArgs, SettingFlags};
+use crate::context::Target;
+use crate::door::Door;
 use crate::nodes::{self, Answered};
-use crate::output::{self, Format};
+use crate::output::{Format, Tone, View, paint};
 use crate::reach::Router;
 use crate::settings::{self, Settings};
 
@@ -130,53 +132,81 @@ fn merge(findings: Vec<Finding>) -> Vec<Finding> {
 /// Checks, prints, and fails with [`Unhealthy`] where something is wrong.
 pub(crate) async fn run(
     arguments: CheckArgs,
-    address: &str,
-    key: Option<&ApiKey>,
+    target: impl Fn() -> anyhow::Result<Target>,
     format: Format,
 ) -> anyhow::Result<()> {
+    format.without_names()?;
     let findings = if arguments.pre {
         before(&arguments).await?
     } else {
-        of_cluster(&arguments, address, key).await?
+        of_cluster(&arguments, &target()?).await?
     };
     let findings = merge(findings);
-    let count = |level| findings.iter().filter(|finding| finding.level == level).count();
-    let (failed, warnings) = (count(Level::Failed), count(Level::Warning));
-    match format {
-        Format::Json => output::print_json(&json!({ "healthy": failed == 0, "findings": findings }))?,
-        Format::Text => {
-            print(&findings);
-            println!(
-                "{failed} failed, {warnings} warnings, {} passed",
-                count(Level::Passed)
-            );
+    format.print(&view(&findings))?;
+    match count(&findings, Level::Failed) {
+        0 => Ok(()),
+        failed => Err(Unhealthy {
+            failed,
+            total: findings.len(),
         }
+        .into()),
     }
-    if failed > 0 {
-        let total = findings.len();
-        return Err(Unhealthy { failed, total }.into());
-    }
-    Ok(())
 }
 
-fn print(findings: &[Finding]) {
+/// What is to be said of the cluster, with the settings of this environment.
+pub(crate) async fn look(target: &Target, settings: &SettingFlags) -> anyhow::Result<View> {
+    let arguments = CheckArgs {
+        pre: false,
+        chat: None,
+        chat_tokens: 0,
+        settings: settings.clone(),
+    };
+    Ok(view(&merge(of_cluster(&arguments, target).await?)))
+}
+
+fn count(findings: &[Finding], level: Level) -> usize {
+    findings.iter().filter(|finding| finding.level == level).count()
+}
+
+fn view(findings: &[Finding]) -> View {
+    let healthy = count(findings, Level::Failed) == 0;
+    let document = json!({ "healthy": healthy, "findings": findings });
+    View::new(document, |_| text(findings))
+}
+
+fn text(findings: &[Finding]) -> String {
+    let mut text = String::new();
+    let mut push = |line: &str| {
+        text.push_str(line);
+        text.push('\n');
+    };
     let mut group = "";
     for finding in findings {
         if finding.group != group {
             group = finding.group;
-            println!("{group}");
+            push(group);
         }
         let mark = match finding.level {
-            Level::Passed => '√',
-            Level::Warning => '‼',
-            Level::Failed => '×',
+            Level::Passed => paint(Tone::Good, "√"),
+            Level::Warning => paint(Tone::Warning, "‼"),
+            Level::Failed => paint(Tone::Bad, "×"),
         };
-        println!("{mark} {}{}", subjects(&finding.subjects), finding.message);
+        push(&format!(
+            "{mark} {}{}",
+            subjects(&finding.subjects),
+            finding.message
+        ));
         if !finding.hint.is_empty() {
-            println!("    hint: {}", finding.hint);
+            push(&format!("    hint: {}", finding.hint));
         }
     }
-    println!();
+    push(&format!(
+        "\n{} failed, {} warnings, {} passed",
+        count(findings, Level::Failed),
+        count(findings, Level::Warning),
+        count(findings, Level::Passed)
+    ));
+    text
 }
 
 /// `a, b: `, or nothing.
@@ -191,18 +221,14 @@ fn subjects(subjects: &[String]) -> String {
 }
 
 /// Checks the cluster, by what this machine needs to reach it first.
-async fn of_cluster(
-    arguments: &CheckArgs,
-    address: &str,
-    key: Option<&ApiKey>,
-) -> anyhow::Result<Vec<Finding>> {
-    let settings = settings::load_for_command(&arguments.settings)?.value.tls;
+async fn of_cluster(arguments: &CheckArgs, target: &Target) -> anyhow::Result<Vec<Finding>> {
+    let settings = target.tls_or(settings::load_for_command(&arguments.settings)?.value.tls);
     let (tls, mut findings) = own_certificate(&settings);
     if tls.is_none() && settings.is_on() {
         // Nobody can be asked without it.
         return Ok(findings);
     }
-    let router = Router::with_tls(address, tls, key);
+    let router = Router::with_tls(&target.address, tls, target.key.as_ref());
     let answers = ask(&router).await?;
     if let Some(tls) = router.tls() {
         findings.extend(certificates_of(tls, &answers.nodes).await);
@@ -210,7 +236,7 @@ async fn of_cluster(
     findings.extend(cluster::judge(&answers));
     if let Some(url) = &arguments.chat {
         let (asked, tokens) = (url.clone(), arguments.chat_tokens);
-        let door = chat::Door::new(settings, router.key());
+        let door = Door::new(settings, router.key());
         let answer = task::blocking("chat", move || chat::ask(&asked, &door, tokens)).await?;
         findings.push(chat::judge(url, &answer));
     }
