@@ -3,11 +3,14 @@
 //! Findings are grouped in the order in which one thing rests on the other. A failure is what keeps the cluster from
 //! working as it was set up; a warning is what could be better; each says what to do. The judgement is pure
 //! (`cluster.rs`, `host.rs`, `certificates.rs`, and of a request `chat.rs`); this file asks, prints, and gives the exit code.
+//! `perigee doctor` (`doctor.rs`, `machine.rs`) looks into settings, machine and cluster together.
 
 mod certificates;
 mod chat;
 mod cluster;
+mod doctor;
 mod host;
+mod machine;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -21,13 +24,16 @@ use node::{ApiKey, Tls, task, tls};
 use serde::Serialize;
 use serde_json::json;
 use transfer::{TcpTransport, Transport};
-use types::{Epoch, Error};
+use types::{Epoch, Error, HostFacts, NodeRecord};
 
 use crate::arguments::CheckArgs;
 use crate::nodes::{self, Answered};
 use crate::output::{self, Format};
 use crate::reach::Router;
 use crate::settings::{self, Settings};
+
+pub(crate) use chat::ChatFlags;
+pub(crate) use doctor::{DoctorArgs, run as examine};
 
 /// The exit code where something is wrong; the codes of failing commands start at 64.
 pub(crate) const UNHEALTHY_EXIT: u8 = 10;
@@ -139,18 +145,16 @@ pub(crate) async fn run(
     } else {
         of_cluster(&arguments, address, key).await?
     };
+    conclude(findings, format)
+}
+
+/// Prints what was found, and fails with [`Unhealthy`] where something is wrong.
+fn conclude(findings: Vec<Finding>, format: Format) -> anyhow::Result<()> {
     let findings = merge(findings);
-    let count = |level| findings.iter().filter(|finding| finding.level == level).count();
-    let (failed, warnings) = (count(Level::Failed), count(Level::Warning));
+    let failed = count(&findings, Level::Failed);
     match format {
         Format::Json => output::print_json(&json!({ "healthy": failed == 0, "findings": findings }))?,
-        Format::Text => {
-            print(&findings);
-            println!(
-                "{failed} failed, {warnings} warnings, {} passed",
-                count(Level::Passed)
-            );
-        }
+        Format::Text => print!("{}", text(&findings)),
     }
     if failed > 0 {
         let total = findings.len();
@@ -159,24 +163,30 @@ pub(crate) async fn run(
     Ok(())
 }
 
-fn print(findings: &[Finding]) {
-    let mut group = "";
+fn count(findings: &[Finding], level: Level) -> usize {
+    findings.iter().filter(|finding| finding.level == level).count()
+}
+
+fn text(findings: &[Finding]) -> String {
+    let (mut text, mut group) = (String::new(), "");
     for finding in findings {
         if finding.group != group {
             group = finding.group;
-            println!("{group}");
+            text += &format!("{group}\n");
         }
         let mark = match finding.level {
             Level::Passed => '√',
             Level::Warning => '‼',
             Level::Failed => '×',
         };
-        println!("{mark} {}{}", subjects(&finding.subjects), finding.message);
+        text += &format!("{mark} {}{}\n", subjects(&finding.subjects), finding.message);
         if !finding.hint.is_empty() {
-            println!("    hint: {}", finding.hint);
+            text += &format!("    hint: {}\n", finding.hint);
         }
     }
-    println!();
+    let [failed, warnings, passed] =
+        [Level::Failed, Level::Warning, Level::Passed].map(|level| count(findings, level));
+    text + &format!("\n{failed} failed, {warnings} warnings, {passed} passed\n")
 }
 
 /// `a, b: `, or nothing.
@@ -199,22 +209,43 @@ async fn of_cluster(
     let settings = settings::load_for_command(&arguments.settings)?.value.tls;
     let (tls, mut findings) = own_certificate(&settings);
     if tls.is_none() && settings.is_on() {
-        // Nobody can be asked without it.
         return Ok(findings);
+    }
+    findings.extend(of_members(&settings, tls, address, key).await?.0);
+    findings.extend(of_chat(&arguments.chat, &settings, key).await?);
+    Ok(findings)
+}
+
+/// Asks the router and its nodes; also gives the nodes. There are none where `[tls]` cannot be used, since nobody can be asked without it.
+async fn of_members(
+    settings: &tls::Config,
+    tls: Option<Tls>,
+    address: &str,
+    key: Option<&ApiKey>,
+) -> anyhow::Result<(Vec<Finding>, Vec<NodeRecord>)> {
+    if tls.is_none() && settings.is_on() {
+        return Ok((Vec::new(), Vec::new()));
     }
     let router = Router::with_tls(address, tls, key);
     let answers = ask(&router).await?;
-    if let Some(tls) = router.tls() {
-        findings.extend(certificates_of(tls, &answers.nodes).await);
-    }
+    let mut findings = match router.tls() {
+        Some(tls) => certificates_of(tls, &answers.nodes).await,
+        None => Vec::new(),
+    };
     findings.extend(cluster::judge(&answers));
-    if let Some(url) = &arguments.chat {
-        let (asked, tokens) = (url.clone(), arguments.chat_tokens);
-        let door = chat::Door::new(settings, router.key());
-        let answer = task::blocking("chat", move || chat::ask(&asked, &door, tokens)).await?;
-        findings.push(chat::judge(url, &answer));
-    }
-    Ok(findings)
+    let members = answers.nodes.into_iter().map(|node| node.record).collect();
+    Ok((findings, members))
+}
+
+/// Sends a chat request, if one is wanted.
+async fn of_chat(flags: &ChatFlags, settings: &tls::Config, key: Option<&ApiKey>) -> anyhow::Result<Option<Finding>> {
+    let Some(url) = &flags.chat else {
+        return Ok(None);
+    };
+    let (asked, tokens) = (url.clone(), flags.chat_tokens);
+    let door = chat::Door::new(settings.clone(), key);
+    let answer = task::blocking("chat", move || chat::ask(&asked, &door, tokens)).await?;
+    Ok(Some(chat::judge(url, &answer)))
 }
 
 /// What this machine connects with, and what there is to say of it.
@@ -266,16 +297,26 @@ async fn ask(router: &Router) -> anyhow::Result<cluster::Answers> {
 /// Checks this machine and the settings.
 async fn before(arguments: &CheckArgs) -> anyhow::Result<Vec<Finding>> {
     let loaded = settings::load_for_command(&arguments.settings)?;
-    let mut findings = judge_settings(&loaded);
+    let mut findings = judge_settings(&loaded, Level::Warning);
     let settings = loaded.value;
     findings.extend(own_certificate(&settings.tls).1);
     findings.extend(judge_keys(&settings));
+    findings.extend(judge_host(&settings, &host_facts(&settings).await?).await);
+    Ok(findings)
+}
+
+async fn host_facts(settings: &Settings) -> Result<HostFacts, Error> {
     let facts = task::blocking("host-facts", || node::host::read(Path::new("/"))).await?;
-    let facts = types::HostFacts {
+    Ok(HostFacts {
         gid_index: node::host::gid_index(&settings.transfer.ucx_config().settings),
         ..facts
-    };
-    let movers = match movers(&settings).await {
+    })
+}
+
+/// What the host means for a node with these settings.
+async fn judge_host(settings: &Settings, facts: &HostFacts) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let movers = match movers(settings).await {
         Ok(movers) => movers,
         Err(error) => {
             findings.push(Finding::failed(
@@ -287,11 +328,12 @@ async fn before(arguments: &CheckArgs) -> anyhow::Result<Vec<Finding>> {
             Vec::new()
         }
     };
-    findings.extend(host::judge("", &facts, &movers, settings.kv.memory.0));
-    Ok(findings)
+    findings.extend(host::judge("", facts, &movers, settings.kv.memory.0));
+    findings
 }
 
-fn judge_settings(loaded: &Loaded<Settings>) -> Vec<Finding> {
+/// `unknown` is how bad a key is that nobody reads.
+fn judge_settings(loaded: &Loaded<Settings>, unknown: Level) -> Vec<Finding> {
     const GROUP: &str = "settings";
     let settings = &loaded.value;
     let valid = settings
@@ -305,12 +347,15 @@ fn judge_settings(loaded: &Loaded<Settings>) -> Vec<Finding> {
             "docs/configuration.md lists every setting",
         ),
         (Ok(()), []) => Finding::passed(GROUP, "", "the settings are valid"),
-        (Ok(()), keys) => Finding::warning(
-            GROUP,
-            "",
-            format!("nobody reads these settings: {}", keys.join(", ")),
-            "correct or remove them; --check-config of a role refuses them",
-        ),
+        (Ok(()), keys) => Finding {
+            level: unknown,
+            ..Finding::warning(
+                GROUP,
+                "",
+                format!("nobody reads these settings: {}", keys.join(", ")),
+                "correct or remove them; --check-config of a role refuses them",
+            )
+        },
     }];
     let model = &settings.model.path;
     if !model.is_empty() {

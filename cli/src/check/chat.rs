@@ -6,6 +6,7 @@ use std::fmt::Write;
 use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use clap::Args;
 use node::{ApiKey, tls};
 use serde_json::{Value, json};
 use ureq::Agent;
@@ -20,6 +21,17 @@ const ANSWER_BYTES_MAX: u64 = 4 << 20;
 const ANSWER_TOKENS: usize = 8;
 /// No tokenizer puts two of them into one token.
 const WORDS: [&str; 8] = ["one", "two", "three", "four", "five", "six", "seven", "eight"];
+
+/// Flags of the chat request of a check.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ChatFlags {
+    /// Also send a chat request to this OpenAI API, and check that a prefill node and a decode node answered it together.
+    #[arg(long, value_name = "URL")]
+    pub(crate) chat: Option<String>,
+    /// Least length of its prompt; more than `router.local_prefill_tokens_max`, or no prefill node is asked.
+    #[arg(long, value_name = "TOKENS", default_value_t = 320)]
+    pub(crate) chat_tokens: usize,
+}
 
 /// What is shown at the door.
 pub(super) struct Door {

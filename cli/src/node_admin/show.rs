@@ -140,6 +140,7 @@ mod tests {
         let info = NodeInfo {
             record: known.record.clone(),
             version: "1.2.3".into(),
+            unix_time_ms: None,
         };
         let text = output::table_text(&table(&known, Some(&(info, load))));
         let expected = "
