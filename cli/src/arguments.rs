@@ -119,8 +119,12 @@ pub(crate) enum NodeCommand {
     },
     /// Let a node finish what it has and take nothing new, so that it can be stopped
     Drain(DrainArgs),
-    /// Let a node that was drained take requests again
+    /// Have routers place nothing new on a node, which keeps its blocks and its requests
+    Cordon(NodeTarget),
+    /// Let a node that was drained or cordoned take requests again
     Resume(NodeTarget),
+    /// Make a prefill node a decode node, or the other way round, without a restart and with its blocks
+    Flip(FlipArgs),
     /// Show what a node logs, or change it for a while
     LogLevel(LogLevelArgs),
 }
@@ -152,6 +156,31 @@ pub(crate) struct NodeTarget {
     /// With --self: TOML file of the node's settings.
     #[arg(long, env = "PERIGEE_CONFIG", value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+}
+
+/// Flags of `node flip`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct FlipArgs {
+    /// Its name.
+    pub(crate) node: String,
+    /// What it is to be. Without one, what it is not.
+    #[arg(long, value_name = "ROLE")]
+    pub(crate) to: Option<EngineRole>,
+    /// How long its requests may take to end before they go on elsewhere; at most 10m.
+    #[arg(long, value_name = "TIME", default_value = "5s")]
+    pub(crate) grace: Duration,
+    /// Flip also the last decode node of a model.
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+/// A role with an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum EngineRole {
+    /// Turns prompts into KV blocks.
+    Prefill,
+    /// Owns requests and streams tokens.
+    Decode,
 }
 
 /// Flags of `node drain`.

@@ -34,6 +34,10 @@ use types::ErrorCode;
 use arguments::{Arguments, Command, ModelCommand, TransferCommand};
 use reach::Router;
 
+/// A router makes and drops hundreds of small values per request, in whichever thread: that is what this allocator is for.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     // Before there are threads. That there are none is a property of this function, so the result says nothing.
     transfer::ucx::prepare_process();

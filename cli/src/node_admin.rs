@@ -4,6 +4,7 @@
 //! in a container that is about to end, whatever becomes of the router meanwhile.
 
 mod drain;
+mod flip;
 mod log_level;
 mod show;
 
@@ -11,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use client::{Node, NodeStatus};
 use serde_json::json;
-use types::{Error, ErrorCode, NodeRecord};
+use types::{Error, ErrorCode, NodeId, NodeRecord};
 
 use crate::arguments::{NodeCommand, NodeTarget, SettingFlags};
 use crate::output::{self, Format};
@@ -25,26 +26,41 @@ pub(crate) async fn run(command: NodeCommand, router: &Router, format: Format) -
         NodeCommand::List => status::nodes(router, format).await,
         NodeCommand::Show { node } => show::run(&node, router, format).await,
         NodeCommand::Drain(flags) => drain::run(&flags, router, format).await,
+        NodeCommand::Cordon(target) => cordon(&target, router, format).await,
         NodeCommand::Resume(target) => resume(&target, router, format).await,
+        NodeCommand::Flip(flags) => flip::run(&flags, router, format).await,
         NodeCommand::LogLevel(flags) => log_level::run(flags, router, format).await,
     }
 }
 
+async fn cordon(target: &NodeTarget, router: &Router, format: Format) -> anyhow::Result<()> {
+    let (node, id) = named(target, router).await?;
+    node.cordon().await?;
+    if format == Format::Json {
+        return output::print_json(&json!({ "node": id, "state": "cordoned" }));
+    }
+    println!("{id} is cordoned: perigee node resume {id} ends that");
+    Ok(())
+}
+
 async fn resume(target: &NodeTarget, router: &Router, format: Format) -> anyhow::Result<()> {
-    let (node, id) = match &target.node {
-        Some(id) => {
-            let members = members(router).await?;
-            let record = &find(&members, id)?.record;
-            (connect(router, record)?, record.id.clone())
-        }
-        None => this_node(target, router).await?,
-    };
+    let (node, id) = named(target, router).await?;
     node.resume().await?;
     if format == Format::Json {
         return output::print_json(&json!({ "node": id, "state": "ready" }));
     }
     println!("{id} takes requests");
     Ok(())
+}
+
+/// The node that is meant, and its name.
+async fn named(target: &NodeTarget, router: &Router) -> anyhow::Result<(Node, NodeId)> {
+    let Some(id) = &target.node else {
+        return this_node(target, router).await;
+    };
+    let members = members(router).await?;
+    let record = &find(&members, id)?.record;
+    Ok((connect(router, record)?, record.id.clone()))
 }
 
 /// The nodes as the router sees them.
@@ -66,7 +82,7 @@ fn connect(router: &Router, record: &NodeRecord) -> Result<Node, Error> {
 }
 
 /// The node whose settings these are, asked for its name.
-async fn this_node(target: &NodeTarget, router: &Router) -> anyhow::Result<(Node, types::NodeId)> {
+async fn this_node(target: &NodeTarget, router: &Router) -> anyhow::Result<(Node, NodeId)> {
     let flags = SettingFlags {
         config: target.config.clone(),
         ..SettingFlags::default()

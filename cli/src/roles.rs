@@ -4,6 +4,9 @@
 //! listeners, model, memory, services, registration. It ends in the opposite order: unregister, drain, stop.
 
 mod drain;
+mod engines;
+mod flip;
+mod membership;
 mod workers;
 
 use std::net::SocketAddr;
@@ -12,6 +15,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::Context;
+use membership::Membership;
 use node::registry::{self, Registry};
 use node::serve::Server;
 use node::telemetry::LogLevels;
@@ -20,7 +24,7 @@ use node::{Channels, Connector, Identity, Listeners, Metrics, Readiness, Shutdow
 use router::Guard;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::service::Routes;
-use types::{Error, ErrorCode, NodeRecord, Role};
+use types::{Error, ErrorCode, Role};
 
 use crate::arguments::RoleArgs;
 use crate::reach;
@@ -173,8 +177,7 @@ async fn serve(
     process.follow_certificates();
     match role {
         Role::Router => workers::router(process, listeners).await?,
-        Role::Prefill => workers::prefill(process, listeners).await?,
-        Role::Decode => workers::decode(process, listeners).await?,
+        Role::Prefill | Role::Decode => workers::engine(process, listeners).await?,
         Role::Store => workers::store(process, listeners).await?,
     }
     match shutdown.failure() {
@@ -244,23 +247,14 @@ impl Process {
     /// Runs `work`, registers, waits until shutdown, unregisters, and waits for the end of `work`.
     async fn run(
         self,
-        registry: Arc<dyn Registry>,
-        record: NodeRecord,
+        membership: Membership,
         work: impl Future<Output = Result<(), Error>> + Send + 'static,
     ) -> anyhow::Result<()> {
         let working = task::spawn("role", task::OnEnd::FailProcess(self.shutdown.clone()), work);
-        let registration = tokio::select! {
-            biased;
-            () = self.shutdown.started() => None,
-            registration = registry.register(record) => Some(registration.map_err(Error::from)?),
-        };
+        membership.join(&self.shutdown).await?;
         self.readiness.meet(REGISTERED);
         self.shutdown.started().await;
-        if let Some(registration) = registration
-            && let Err(error) = registration.unregister().await
-        {
-            tracing::warn!(%error, "could not leave the registry, the lease will run out");
-        }
+        membership.leave().await;
         working.await.context("wait for the role's task")
     }
 }

@@ -149,6 +149,15 @@ fn decision_json(decision: &Decision) -> Value {
             "state": outcome.state,
             "ttft_ms": (outcome.ttft_ms > 0.0).then_some(outcome.ttft_ms),
         })),
+        "admission": decision.admission.as_ref().map(|foreseen| json!({
+            "wait_ms": foreseen.wait_ms,
+            "ttft_ms": foreseen.ttft_ms,
+            "rejection": foreseen.rejection.as_ref().map(|why| json!({
+                "message": why.message,
+                "constraint": why.overload.as_ref().map(|overload| &overload.constraint),
+                "retry_after_ms": why.retry_after_ms,
+            })),
+        })),
     })
 }
 

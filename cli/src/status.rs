@@ -91,8 +91,7 @@ pub(crate) fn state(node: &NodeStatus) -> &'static str {
         // The router that answers has no stream from itself.
         _ if node.record.role == types::Role::Router => "ready",
         _ if !node.connected => "lost",
-        Some(load) if load.draining => "draining",
-        Some(_) => "ready",
+        Some(load) => load.state(),
         None => "starting",
     }
 }

@@ -62,7 +62,9 @@ impl From<Interruption> for Error {
         match why {
             Interruption::ClientGone => Self::unavailable("the client ended the call"),
             Interruption::Deadline => Self::new(ErrorCode::Timeout, "the request's deadline passed"),
-            Interruption::Stopping => Self::unavailable("the node is shutting down"),
+            Interruption::Stopping => {
+                Self::unavailable("the node gives up its requests, which go on elsewhere")
+            }
         }
     }
 }

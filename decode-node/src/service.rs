@@ -63,6 +63,11 @@ impl Handle {
         self.shared.store.set_draining(false);
     }
 
+    /// Ends the requests that run, so that they go on elsewhere.
+    pub fn move_away(&self) {
+        self.shared.move_away();
+    }
+
     /// Refuses new requests for good.
     pub(crate) fn end(&self) {
         self.shared.ending.store(true, Ordering::Relaxed);
@@ -191,7 +196,7 @@ impl Handle {
         let watch = Watch {
             client,
             deadline: accepted_at + timeout,
-            stopping: shared.stopping.clone(),
+            stopping: shared.stop_of_accepted(),
         };
         let span = tracing::info_span!(
             "decode",

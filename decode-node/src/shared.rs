@@ -37,6 +37,8 @@ pub(crate) struct Shared {
     pub(crate) ending: AtomicBool,
     /// Requests that run are to end now.
     pub(crate) stopping: CancellationToken,
+    /// The same for those that run, and not for those that come: below `stopping`, and made anew whenever it is used.
+    moving: Mutex<CancellationToken>,
     /// Whether a sequence waits for blocks, so that nobody outside of the batch should take any.
     pub(crate) short_of_blocks: watch::Sender<bool>,
     commands: SyncSender<Command>,
@@ -67,13 +69,15 @@ impl Shared {
             identity,
         } = deps;
         let pool_tokens = store.capacity() * store.layout().block_tokens;
+        let stopping = CancellationToken::new();
         Self {
             node_id: identity.id,
             metrics: Metrics::register(&metrics),
             context_tokens: model.config().context_tokens_max.min(pool_tokens),
             requests: Arc::new(Semaphore::new(config.requests_max)),
             ending: AtomicBool::new(false),
-            stopping: CancellationToken::new(),
+            moving: Mutex::new(stopping.child_token()),
+            stopping,
             short_of_blocks: watch::Sender::new(false),
             commands,
             next_sequence: AtomicU64::new(0),
@@ -125,6 +129,23 @@ impl Shared {
                 return;
             }
         }
+    }
+
+    /// What ends a request that is accepted now before its time.
+    pub(crate) fn stop_of_accepted(&self) -> CancellationToken {
+        self.moving().clone()
+    }
+
+    /// Ends the requests that run, so that they go on elsewhere.
+    pub(crate) fn move_away(&self) {
+        let next = self.stopping.child_token();
+        std::mem::replace(&mut *self.moving(), next).cancel();
+    }
+
+    fn moving(&self) -> MutexGuard<'_, CancellationToken> {
+        self.moving
+            .lock()
+            .expect("nothing panics while it copies a token")
     }
 
     /// Tells the engine's thread to end.
@@ -182,6 +203,7 @@ impl Shared {
             drain: None,
             disk_blocks,
             disk_capacity_blocks,
+            cordoned: false,
         }
     }
 }

@@ -137,7 +137,7 @@ impl Peer {
                 // Nothing that arrives counts once the session must end.
                 biased;
                 () = self.stop.cancelled() => {
-                    return Err(Error::unavailable("the prefill node is shutting down").into());
+                    return Err(Error::unavailable("the prefill node gives up its requests, which go on elsewhere").into());
                 }
                 () = sleep_until(self.deadline) => {
                     return Err(Error::new(ErrorCode::Timeout, "the deadline passed").into());

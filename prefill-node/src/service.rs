@@ -96,6 +96,7 @@ impl Service {
         };
         let engine_alive = engine_loop::spawn(engine_loop, jobs_rx)
             .map_err(|error| Error::internal(format!("the engine's thread cannot start: {error}")))?;
+        let stop = CancellationToken::new();
         let shared = Shared {
             node_id: identity.id,
             accepts: Accepts {
@@ -112,7 +113,8 @@ impl Service {
             jobs: jobs_tx.downgrade(),
             transfer_rate: Mutex::new(TransferRate::default()),
             ending: CancellationToken::new(),
-            stop: CancellationToken::new(),
+            moving: Mutex::new(stop.child_token()),
+            stop,
             sessions: TaskTracker::new(),
             config,
             model,
@@ -222,6 +224,11 @@ impl Handle {
     /// Takes requests again after [`Handle::drain`]. A node that ends takes none.
     pub fn resume(&self) {
         self.shared.store.set_draining(false);
+    }
+
+    /// Ends the requests that run, so that they go on elsewhere.
+    pub fn move_away(&self) {
+        self.shared.move_away();
     }
 
     /// Requests that were accepted and have not ended.

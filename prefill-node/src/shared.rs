@@ -43,6 +43,8 @@ pub(crate) struct Shared {
     pub(crate) ending: CancellationToken,
     /// Nothing goes on.
     pub(crate) stop: CancellationToken,
+    /// Nothing of what runs goes on, but what comes does: below `stop`, and made anew whenever it is used.
+    pub(crate) moving: Mutex<CancellationToken>,
     pub(crate) sessions: TaskTracker,
     pub(crate) session_permits: Arc<Semaphore>,
 }
@@ -91,6 +93,12 @@ impl Shared {
         lock(&self.transfer_rate).observe(bytes, overlap.busy().as_secs_f64() * 1e3);
     }
 
+    /// Ends the requests that run, so that they go on elsewhere.
+    pub(crate) fn move_away(&self) {
+        let next = self.stop.child_token();
+        std::mem::replace(&mut *lock(&self.moving), next).cancel();
+    }
+
     /// Whether new requests are refused.
     pub(crate) fn is_draining(&self) -> bool {
         self.ending.is_cancelled() || self.store.is_draining()
@@ -121,6 +129,7 @@ impl Shared {
             drain: None,
             disk_blocks,
             disk_capacity_blocks,
+            cordoned: false,
         }
     }
 

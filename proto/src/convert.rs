@@ -266,6 +266,7 @@ pub fn load_to_wire(report: &LoadReport) -> v1::LoadReport {
         drain,
         disk_blocks,
         disk_capacity_blocks,
+        cordoned,
     } = *report;
     v1::LoadReport {
         sequence,
@@ -288,6 +289,7 @@ pub fn load_to_wire(report: &LoadReport) -> v1::LoadReport {
         }),
         disk_blocks,
         disk_capacity_blocks,
+        cordoned,
     }
 }
 
@@ -321,6 +323,7 @@ pub fn load(wire: &v1::LoadReport) -> LoadReport {
         }),
         disk_blocks: wire.disk_blocks,
         disk_capacity_blocks: wire.disk_capacity_blocks,
+        cordoned: wire.cordoned,
     }
 }
 

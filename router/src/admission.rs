@@ -169,10 +169,7 @@ impl Admission {
                 let rejection = Rejection::Displaced { waiting, wait };
                 Outcome::Wait(displaced.into_iter().map(|ticket| (ticket, rejection)).collect())
             }
-            Pushed::Full => Outcome::Reject(Rejection::QueueFull {
-                waiting: self.waiting.len(),
-                wait: self.turn(self.waiting.ahead_of(arrival)),
-            }),
+            Pushed::Full => Outcome::Reject(self.full(self.turn(self.waiting.ahead_of(arrival)))),
         }
     }
 
@@ -221,11 +218,19 @@ impl Admission {
     }
 
     /// How long a request that arrives now would wait for its place.
-    pub fn wait(&self, arrival: &Arrival<'_>) -> Millis {
+    ///
+    /// # Errors
+    ///
+    /// It would find none, not even among those who wait.
+    pub fn foresee(&self, arrival: &Arrival<'_>) -> Result<Millis, Rejection> {
         if self.runs_at_once(arrival) {
-            return Millis(0.0);
+            return Ok(Millis(0.0));
         }
-        self.turn(self.waiting.ahead_of(arrival))
+        let wait = self.turn(self.waiting.ahead_of(arrival));
+        match self.waiting.takes(arrival, self.bounds()) {
+            true => Ok(wait),
+            false => Err(self.full(wait)),
+        }
     }
 
     /// Requests that run.
@@ -252,6 +257,13 @@ impl Admission {
         Bounds {
             requests: self.limits.waiting_max,
             prompt_tokens: self.limits.waiting_prompt_tokens_max,
+        }
+    }
+
+    fn full(&self, wait: Millis) -> Rejection {
+        Rejection::QueueFull {
+            waiting: self.waiting.len(),
+            wait,
         }
     }
 

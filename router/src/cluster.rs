@@ -135,7 +135,10 @@ impl Cluster {
         }
         for record in nodes.values() {
             match self.members.get(&record.id) {
-                Some(known) if known.record.epoch >= record.epoch => {}
+                // The same incarnation in another role is followed anew: what it reports now means something else.
+                Some(known)
+                    if known.record.epoch > record.epoch
+                        || (known.record.epoch == record.epoch && known.record.role == record.role) => {}
                 Some(_) | None => {
                     self.forget(&record.id);
                     self.members
@@ -324,7 +327,7 @@ impl Cluster {
     pub fn room(&self) -> Room {
         let takes = |member: &&Member| {
             let report = self.costs.last_report(&member.record.id);
-            member.reporting && !report.is_some_and(|report| report.draining)
+            member.reporting && report.is_none_or(|report| report.takes_requests())
         };
         let of_role = |role: Role| {
             self.serving()
@@ -462,12 +465,14 @@ impl Cluster {
         let of_space = |member: &&Member| member.record.kv_space.as_ref() == Some(space);
         let view = |member: &Member| {
             let id = &member.record.id;
+            let report = self.costs.last_report(id);
             NodeView {
                 id: id.clone(),
                 role: member.record.role,
                 reachable: member.reporting,
                 readable: member.following,
-                draining: self.costs.last_report(id).is_some_and(|report| report.draining),
+                draining: report.is_some_and(|report| report.draining),
+                cordoned: report.is_some_and(|report| report.cordoned),
                 context_tokens_max: member.record.context_tokens_max,
                 rates: self.costs.rates(id),
                 pressure: pressures.get(id).copied().unwrap_or_default(),

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use types::{ErrorCode, Millis, NodeId, RequestId};
 
+use crate::admission::Rejection;
 use crate::placement::{Candidate, Exclusion, Explanation};
 
 pub use reason::reason;
@@ -51,6 +52,19 @@ pub struct Decision {
     pub tie: Millis,
     /// What the decision took.
     pub took: Millis,
+    /// How admission would take a request that is only explained.
+    pub admission: Option<Foreseen>,
+}
+
+/// How admission would take a request.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Foreseen {
+    /// Until it would get its place; 0 if it would run at once.
+    pub wait: Millis,
+    /// Until its first token, that wait included.
+    pub ttft: Millis,
+    /// Why it would be turned away instead, if it would be.
+    pub rejection: Option<Rejection>,
 }
 
 /// What a decision is about, beside its reasons.
@@ -164,7 +178,15 @@ impl Decision {
             excluded_left_out,
             tie,
             took,
+            admission: None,
         }
+    }
+
+    /// The same, with what admission would say.
+    #[must_use]
+    pub fn admitted(self, admission: Foreseen) -> Self {
+        let admission = Some(admission);
+        Self { admission, ..self }
     }
 
     /// The choice.

@@ -227,15 +227,11 @@ impl Dispatcher {
         track.tokenised(&prepared);
         let deadline = prepared.received + prepared.time_limit;
         let gate = &self.shared.gate;
-        let asks = Asks {
-            tenant: &prepared.tenant,
-            terms: prepared.terms,
-            prompt_tokens: prepared.prompt.len() as u64,
-        };
+        let asks = asks(&prepared);
         if gate.lacks_room() {
             self.make_room();
         }
-        let wait = gate.wait(&asks);
+        let wait = gate.foresee(&asks)?;
         let forecast = Forecast {
             ttft: wait,
             tbt: None,
@@ -324,6 +320,15 @@ pub fn measured(report: &v1::RequestReport, cached_tokens: u64, ttft: Millis) ->
         },
         exposed: Millis(report.handoff_exposed_ms),
         ttft,
+    }
+}
+
+/// The place that a request needs.
+fn asks(request: &Prepared) -> Asks<'_> {
+    Asks {
+        tenant: &request.tenant,
+        terms: request.terms,
+        prompt_tokens: request.prompt.len() as u64,
     }
 }
 

@@ -118,9 +118,15 @@ impl Gate {
     }
 
     /// How long a request that arrives now would wait for its place.
-    pub fn wait(&self, asks: &Asks<'_>) -> Millis {
+    ///
+    /// # Errors
+    ///
+    /// It would find none, not even among those who wait.
+    pub fn foresee(&self, asks: &Asks<'_>) -> Result<Millis, Rejection> {
         let shared = self.lock();
-        shared.admission.wait(&asks.arrival(Ticket(shared.next_ticket)))
+        shared
+            .admission
+            .foresee(&asks.arrival(Ticket(shared.next_ticket)))
     }
 
     /// How many requests run and wait.

@@ -91,6 +91,8 @@ pub struct NodeView {
     pub readable: bool,
     /// It takes nothing new.
     pub draining: bool,
+    /// An operator wants nothing new placed on it.
+    pub cordoned: bool,
     /// Longest sequence that it takes, in tokens.
     pub context_tokens_max: u64,
     /// How fast it is.
@@ -207,6 +209,8 @@ pub enum Exclusion {
     Unreachable,
     /// Takes nothing new.
     Draining,
+    /// An operator wants nothing new there.
+    Cordoned,
     /// An earlier try of this request failed there.
     FailedBefore,
     /// The prompt exceeds its context.
@@ -294,6 +298,8 @@ fn exclusion(problem: &Problem<'_>, node: &NodeView) -> Option<Exclusion> {
         Some(Exclusion::Unreachable)
     } else if node.draining {
         Some(Exclusion::Draining)
+    } else if node.cordoned {
+        Some(Exclusion::Cordoned)
     } else if node.context_tokens_max <= problem.prompt_tokens {
         Some(Exclusion::ContextTooSmall)
     } else {
@@ -309,6 +315,7 @@ fn reasons(excluded: &[(NodeId, Exclusion)]) -> String {
         let reason = match reason {
             Exclusion::Unreachable => "is unreachable",
             Exclusion::Draining => "is draining",
+            Exclusion::Cordoned => "is cordoned",
             Exclusion::FailedBefore => "failed this request",
             Exclusion::ContextTooSmall => "has too small a context",
         };

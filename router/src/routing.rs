@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use futures::{Stream, stream};
 use proto::convert;
-use proto::status::to_status;
+use proto::status::{to_failure, to_status};
 use proto::v1;
 use proto::v1::explain_request::Input as WireInput;
 use proto::v1::routing_server::{Routing, RoutingServer};
@@ -17,8 +17,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use types::{Error, ErrorCode, Priority, RequestId, SamplingParams};
 
-use crate::decisions::{Decision, Ending, Kept, Outcome, reason};
+use crate::decisions::{Decision, Ending, Foreseen, Kept, Outcome, reason};
 use crate::dispatch::Dispatcher;
+use crate::error::RequestError;
 use crate::grpc::{messages, no_input, slo};
 use crate::placement::{Candidate, Exclusion, Objection};
 use crate::request::{self, Input, MaxTokens};
@@ -205,6 +206,20 @@ fn to_wire(number: u64, decision: &Decision, outcome: Option<Outcome>) -> v1::De
             state: outcome.ending.map_or("running", Ending::as_str).to_owned(),
             ttft_ms: outcome.ttft.unwrap_or_default().0,
         }),
+        admission: decision.admission.map(admission),
+    }
+}
+
+fn admission(foreseen: Foreseen) -> v1::ForeseenAdmission {
+    let Foreseen {
+        wait,
+        ttft,
+        rejection,
+    } = foreseen;
+    v1::ForeseenAdmission {
+        wait_ms: wait.0,
+        ttft_ms: ttft.0,
+        rejection: rejection.map(|rejection| to_failure(&RequestError::from(rejection).to_error())),
     }
 }
 
@@ -250,6 +265,7 @@ fn exclusion(exclusion: Exclusion) -> &'static str {
     match exclusion {
         Exclusion::Unreachable => "unreachable",
         Exclusion::Draining => "draining",
+        Exclusion::Cordoned => "cordoned",
         Exclusion::FailedBefore => "failed_before",
         Exclusion::ContextTooSmall => "context_too_small",
     }

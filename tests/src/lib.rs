@@ -7,6 +7,7 @@
 pub mod cases;
 pub mod certificates;
 pub mod etcd;
+pub mod load;
 
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};

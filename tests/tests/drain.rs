@@ -2,12 +2,9 @@
 
 #![allow(missing_docs)]
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::sync::Arc;
 
 use client::{Blocks, Place};
 use engine::fixture::{TinyModel, write_tiny_gguf};
@@ -17,18 +14,13 @@ use proto::v1::prefill_client::PrefillClient;
 use proto::{status, v1};
 use serde_json::Value;
 use tests::cases::{Case, Random, token};
-use tests::{
-    Cluster, PATIENCE, Process, client, free_port, generate, newer, perigee, records, wait_for_status,
-};
-use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tests::load::Load;
+use tests::{Cluster, Process, free_port, generate, newer, perigee, records, wait_for_status};
 use transfer::{TcpTransport, tcp};
 use types::{Epoch, ErrorCode, NodeRecord, Role, Token};
 
 const VOCABULARY: u32 = 256;
 const CLIENTS: usize = 4;
-/// Requests that a node must have a part in before it counts as used.
-const REQUESTS_MIN: usize = 6;
 
 fn tiny(folder: &Path) -> PathBuf {
     let path = folder.join("tiny.gguf");
@@ -133,78 +125,21 @@ fn exits(output: &Output, code: ErrorCode, says: &str) {
     assert!(errors.contains(says), "{errors}");
 }
 
-/// Requests without a pause, with their answers.
-struct Load {
-    grpc: String,
-    cases: Vec<Case>,
-    expected: Vec<Vec<Token>>,
-    stop: AtomicBool,
-    /// Requests that each node had a part in.
-    by: Mutex<BTreeMap<String, usize>>,
-}
-
-impl Load {
-    fn new(model: &Path, grpc: &str) -> Self {
-        let mut random = Random::new(77);
-        let document: Vec<Token> = (0..300).map(|_| token(&mut random, VOCABULARY)).collect();
-        let mut case = || {
-            let mut case = Case::random(&mut random, std::slice::from_ref(&document), VOCABULARY, 1);
-            case.sampling = types::SamplingParams {
-                temperature: 0.0,
-                max_tokens: 60,
-                ignore_eos: true,
-                ..types::SamplingParams::default()
-            };
-            case
+/// Requests that are spread over all nodes, and whose answers do not depend on them.
+fn load(model: &Path, grpc: &str) -> Arc<Load> {
+    let mut random = Random::new(77);
+    let document: Vec<Token> = (0..300).map(|_| token(&mut random, VOCABULARY)).collect();
+    let mut case = || {
+        let mut case = Case::random(&mut random, std::slice::from_ref(&document), VOCABULARY, 1);
+        case.sampling = types::SamplingParams {
+            temperature: 0.0,
+            max_tokens: 60,
+            ignore_eos: true,
+            ..types::SamplingParams::default()
         };
-        let cases: Vec<Case> = (0..24).map(|_| case()).collect();
-        let model = engine::Model::load(model, engine::Precision::Fast).expect("load");
-        let one = std::num::NonZeroUsize::MIN;
-        let mut monolith = engine::monolith::Monolith::new(model, 32, 2048, one).expect("engine");
-        let expected = cases
-            .iter()
-            .map(|case| monolith.generate(&case.prompt, &case.sampling).expect("generate"))
-            .collect();
-        Self {
-            grpc: grpc.to_owned(),
-            cases,
-            expected,
-            stop: AtomicBool::new(false),
-            by: Mutex::default(),
-        }
-    }
-
-    /// One request after the other until the load is stopped. Each one must end as if nothing had happened.
-    async fn run(&self, first: usize) {
-        let mut client = client(&self.grpc).await;
-        for index in (0..self.cases.len()).cycle().skip(first) {
-            if self.stop.load(Ordering::Relaxed) {
-                return;
-            }
-            let generated = generate(&mut client, self.cases[index].request()).await;
-            let generated = generated.unwrap_or_else(|status| panic!("case {index} failed: {status}"));
-            assert_eq!(generated.tokens, self.expected[index], "case {index}");
-            let report = generated.report();
-            for node in [&report.prefill_node, &report.decode_node] {
-                *self.by().entry(node.clone()).or_default() += 1;
-            }
-        }
-    }
-
-    /// Waits until the node had a part in some more requests.
-    async fn uses(&self, id: &str) {
-        let part = || self.by().get(id).copied().unwrap_or_default();
-        let enough = part() + REQUESTS_MIN;
-        let start = Instant::now();
-        while part() < enough {
-            assert!(start.elapsed() < PATIENCE, "{id} is not used: {:?}", self.by());
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    }
-
-    fn by(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
-        self.by.lock().expect("no panic")
-    }
+        case
+    };
+    Load::new(model, &[grpc], (0..24).map(|_| case()).collect())
 }
 
 /// Drains the guest, takes it back, drains it again, stops it, and starts it anew.
@@ -214,8 +149,8 @@ async fn take_out_and_put_back(
     cluster: &Cluster,
     load: &Load,
 ) -> Process {
-    let id = guest.id.as_str();
-    let epoch = newer(&load.grpc, id, Epoch(0)).await.epoch;
+    let (id, grpc) = (guest.id.as_str(), &cluster.ready.grpc);
+    let epoch = newer(grpc, id, Epoch(0)).await.epoch;
     load.uses(id).await;
     assert!(!guest.refuses().await);
 
@@ -231,13 +166,13 @@ async fn take_out_and_put_back(
     let text = printed(cluster, &["show", id]);
     assert!(text.contains("done: it may be stopped"), "{text}");
     // What was placed before the router heard of it was refused and placed elsewhere, and nothing came since.
-    let part = load.by().get(id).copied();
+    let part = load.seen().of(id);
     load.uses(match guest.role {
         Role::Decode => "decode-0",
         _ => "prefill-0",
     })
     .await;
-    assert_eq!(load.by().get(id).copied(), part, "a drained node is used");
+    assert_eq!(load.seen().of(id), part, "a drained node is used");
 
     printed(cluster, &["resume", id]);
     assert!(!guest.refuses().await);
@@ -248,7 +183,7 @@ async fn take_out_and_put_back(
     process.signal(Signal::SIGTERM);
     assert_eq!(process.wait(), Some(0), "{}", process.log());
     let process = guest.start();
-    newer(&load.grpc, id, epoch).await;
+    newer(grpc, id, epoch).await;
     load.uses(id).await;
     process
 }
@@ -261,12 +196,7 @@ async fn nodes_that_are_drained_stopped_and_started_again_cost_no_request() {
     let spread = ["--set", "router.policy=round_robin"];
     let apart = ["--set", "router.local_prefill_tokens_max=0"];
     let cluster = Cluster::start(&model, &[&roles[..], &spread, &apart].concat());
-    let load = Arc::new(Load::new(&model, &cluster.ready.grpc));
-    let mut clients = JoinSet::new();
-    for first in 0..CLIENTS {
-        let load = load.clone();
-        clients.spawn(async move { load.run(first * 5).await });
-    }
+    let load = load(&model, &cluster.ready.grpc);
     let work = async {
         let mut running = Vec::new();
         for role in [Role::Decode, Role::Prefill] {
@@ -276,16 +206,7 @@ async fn nodes_that_are_drained_stopped_and_started_again_cost_no_request() {
         }
         running
     };
-    let failed = async { clients.join_next().await.expect("there are clients") };
-    let running = tokio::select! {
-        running = work => running,
-        // A client ends by itself only where a request failed.
-        failed = failed => panic!("{failed:?}"),
-    };
-    load.stop.store(true, Ordering::Relaxed);
-    while let Some(client) = clients.join_next().await {
-        client.expect("every request ended, and every token is right");
-    }
+    let running = load.during(CLIENTS, work).await;
     drop(running);
 }
 

@@ -88,8 +88,11 @@ fn judge_members(status: &ClusterStatus) -> Vec<Finding> {
                 "a member, but the router has no connection to it",
                 "is the process alive, and does the router's machine reach the address that perigee node list shows?",
             ));
-        } else if node.load.is_some_and(|load| load.draining) {
-            findings.push(Finding::warning(GROUP, id, "draining: takes no new requests", ""));
+        } else if let Some(load) = node.load
+            && !load.takes_requests()
+        {
+            let what = format!("{}: takes no new requests", load.state());
+            findings.push(Finding::warning(GROUP, id, what, ""));
         }
     }
     findings

@@ -128,7 +128,7 @@ pub(super) fn left(progress: DrainProgress) -> String {
 }
 
 /// Without a decode node nothing is served, so the last one is not drained by mistake.
-fn check_not_last(node: &NodeStatus, members: &[NodeStatus]) -> Result<(), Error> {
+pub(super) fn check_not_last(node: &NodeStatus, members: &[NodeStatus]) -> Result<(), Error> {
     let serves = |other: &NodeStatus| {
         other.record.role == Role::Decode
             && other.record.model == node.record.model
@@ -142,7 +142,7 @@ fn check_not_last(node: &NodeStatus, members: &[NodeStatus]) -> Result<(), Error
     Err(Error::new(
         ErrorCode::Conflict,
         format!(
-            "{id} is the last decode node that takes requests for {model}: without it none are served (--force drains it)"
+            "{id} is the last decode node that takes requests for {model}: without it none are served (--force does it all the same)"
         ),
     ))
 }

@@ -56,7 +56,7 @@ async fn ask(router: &Router, known: &NodeStatus) -> Result<(NodeInfo, LoadRepor
 /// A router is not watched by the router that answers, but says itself whether it drains.
 fn state(known: &NodeStatus, load: Option<&LoadReport>) -> &'static str {
     match load {
-        Some(load) if load.draining => "draining",
+        Some(load) if !load.takes_requests() => load.state(),
         Some(_) | None => status::state(known),
     }
 }

@@ -1,4 +1,4 @@
-//! Draining because an operator asks for it (`perigee node drain`), and taking requests again.
+//! Draining and cordoning because an operator asks for it (`perigee node drain`, `cordon`), and taking requests again.
 //!
 //! A node that drains refuses what is new, lets what runs go on, and offers its blocks to its peers once nothing runs: only then
 //! it has all that its requests leave behind. It gives its blocks to whoever reads them until the process ends. A router only
@@ -23,6 +23,8 @@ use types::{DrainProgress, Error, ErrorCode, LoadReport};
 const REQUESTS_POLL: Duration = Duration::from_millis(20);
 /// A router's condition of readiness.
 const DRAINED: &str = "drained";
+/// Another one.
+const CORDONED: &str = "cordoned";
 
 /// What a node does.
 pub(super) struct Work {
@@ -44,13 +46,16 @@ struct Shared {
     store: Store,
     shutdown: CancellationToken,
     stage: watch::Sender<Stage>,
+    cordoned: AtomicBool,
 }
 
-/// Where a node is between `Drain` and `Resume`.
+/// Where a node is between `Drain` and `Resume`, or within a `Flip`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     /// Takes requests.
     Serving,
+    /// Takes none, since it is about to take another role.
+    Flipping,
     /// Lets what runs end.
     Finishing,
     /// Nothing runs; offers blocks to peers.
@@ -68,12 +73,33 @@ impl Drain {
                 store,
                 shutdown,
                 stage: watch::Sender::new(Stage::Serving),
+                cordoned: AtomicBool::new(false),
             }),
         }
     }
 
     pub(super) fn exchange(&self) -> &Exchange {
         &self.shared.exchange
+    }
+
+    /// Takes nothing new until [`Drain::end_flip`].
+    ///
+    /// # Errors
+    ///
+    /// `conflict` where it takes nothing new already.
+    pub(super) fn begin_flip(&self) -> Result<(), Error> {
+        match self.shift(&[Stage::Serving], Stage::Flipping) {
+            true => Ok(()),
+            false => Err(Error::new(
+                ErrorCode::Conflict,
+                "the node drains: perigee node resume ends that",
+            )),
+        }
+    }
+
+    /// Takes requests again, unless it was drained meanwhile.
+    pub(super) fn end_flip(&self) {
+        self.shift(&[Stage::Flipping], Stage::Serving);
     }
 
     /// Does what `Drain` starts, as often as it is asked for. Does not end.
@@ -84,17 +110,17 @@ impl Drain {
             let now = *stage.borrow_and_update();
             let step = async {
                 match now {
-                    Stage::Serving | Stage::Done => std::future::pending().await,
+                    Stage::Serving | Stage::Flipping | Stage::Done => std::future::pending().await,
                     Stage::Finishing => {
                         while (shared.work.requests)() > 0 {
                             tokio::time::sleep(REQUESTS_POLL).await;
                         }
-                        self.advance(now, Stage::Offering);
+                        self.shift(&[now], Stage::Offering);
                     }
                     Stage::Offering => {
                         let blocks = shared.exchange.hand_over().await;
                         tracing::info!(blocks, "drained: gave blocks to the peers");
-                        self.advance(now, Stage::Done);
+                        self.shift(&[now], Stage::Done);
                     }
                 }
             };
@@ -107,29 +133,30 @@ impl Drain {
         }
     }
 
-    /// Unless it was resumed meanwhile.
-    fn advance(&self, from: Stage, to: Stage) {
+    /// Goes from one of these stages to another one, unless it is in none of them. The store refuses new blocks in all but one.
+    fn shift(&self, from: &[Stage], to: Stage) -> bool {
         self.shared.stage.send_if_modified(|stage| {
-            let advances = *stage == from;
-            if advances {
+            let shifts = from.contains(stage);
+            if shifts {
                 *stage = to;
+                self.shared.store.set_draining(to != Stage::Serving);
             }
-            advances
-        });
+            shifts
+        })
     }
 }
 
 impl Drainable for Drain {
     fn drain(&self) {
-        self.shared.stage.send_if_modified(|stage| {
-            let starts = *stage == Stage::Serving;
-            if starts {
-                tracing::info!("draining: takes no new requests");
-                self.shared.store.set_draining(true);
-                *stage = Stage::Finishing;
-            }
-            starts
-        });
+        if self.shift(&[Stage::Serving, Stage::Flipping], Stage::Finishing) {
+            tracing::info!("draining: takes no new requests");
+        }
+    }
+
+    fn cordon(&self) {
+        if !self.shared.cordoned.swap(true, Ordering::Relaxed) {
+            tracing::info!("cordoned: asks routers for nothing new");
+        }
     }
 
     fn resume(&self) -> Result<(), Error> {
@@ -140,15 +167,11 @@ impl Drainable for Drain {
                 "the node's memory corrupts blocks, so that it is quarantined: replace the memory, and start the node again",
             ));
         }
-        self.shared.stage.send_if_modified(|stage| {
-            let resumes = *stage != Stage::Serving;
-            if resumes {
-                tracing::info!("resumed: takes requests again");
-                self.shared.store.set_draining(false);
-                *stage = Stage::Serving;
-            }
-            resumes
-        });
+        let drained = [Stage::Finishing, Stage::Offering, Stage::Done];
+        let uncordoned = self.shared.cordoned.swap(false, Ordering::Relaxed);
+        if self.shift(&drained, Stage::Serving) || uncordoned {
+            tracing::info!("resumed: takes requests again");
+        }
         Ok(())
     }
 }
@@ -156,11 +179,15 @@ impl Drainable for Drain {
 impl LoadSource for Drain {
     fn load(&self) -> LoadReport {
         let shared = &self.shared;
-        let load = shared.work.load.load();
+        let load = LoadReport {
+            cordoned: shared.cordoned.load(Ordering::Relaxed),
+            ..shared.work.load.load()
+        };
         let stage = *shared.stage.borrow();
         let requests = (shared.work.requests)() as u64;
         let blocks = match stage {
             Stage::Serving => return load,
+            Stage::Flipping => 0,
             Stage::Finishing => load.evictable_blocks,
             Stage::Offering => shared.exchange.handover_left() as u64,
             Stage::Done => 0,
@@ -183,6 +210,7 @@ pub(super) struct RouterDrain {
     readiness: Readiness,
     shutdown: CancellationToken,
     drained: AtomicBool,
+    cordoned: AtomicBool,
 }
 
 impl RouterDrain {
@@ -192,6 +220,7 @@ impl RouterDrain {
             readiness,
             shutdown,
             drained: AtomicBool::new(false),
+            cordoned: AtomicBool::new(false),
         }
     }
 }
@@ -204,10 +233,19 @@ impl Drainable for RouterDrain {
         tracing::info!("draining: not ready any more, but serves who comes");
     }
 
+    /// For a router that is the same: nobody places requests on it but who finds it ready.
+    fn cordon(&self) {
+        self.cordoned.store(true, Ordering::Relaxed);
+        self.readiness
+            .miss(CORDONED, "cordoned by an operator: perigee node resume ends that");
+    }
+
     fn resume(&self) -> Result<(), Error> {
         check_lives(&self.shutdown)?;
         self.drained.store(false, Ordering::Relaxed);
+        self.cordoned.store(false, Ordering::Relaxed);
         self.readiness.meet(DRAINED);
+        self.readiness.meet(CORDONED);
         Ok(())
     }
 }
@@ -222,6 +260,7 @@ impl LoadSource for RouterDrain {
             running_sequences: running as u64,
             queued_requests: waiting as u64,
             draining,
+            cordoned: self.cordoned.load(Ordering::Relaxed),
             drain: draining.then_some(DrainProgress {
                 requests,
                 blocks: 0,

@@ -13,6 +13,9 @@ use types::{Error, KvSpace, NodeRecord};
 
 use super::Process;
 use super::drain::{Drain, RouterDrain, Work};
+use super::engines::Engines;
+use super::flip::Flip;
+use super::membership::Membership;
 
 pub(super) async fn store(process: Process, listeners: Listeners) -> anyhow::Result<()> {
     let path = process.model.clone();
@@ -38,105 +41,45 @@ pub(super) async fn store(process: Process, listeners: Listeners) -> anyhow::Res
         requests: Box::new(|| 0),
     };
     let drain = Drain::new(work, exchange, pool.store().clone(), process.shutdown.token());
-    let admin = admin(
-        &process,
-        &record,
-        Arc::new(drain.clone()),
-        Arc::new(drain.clone()),
-    );
+    let admin = admin(&process, record.clone(), drain.clone());
     let (exchanging, handed_over) = exchanging(&process, drain);
     let serving = process.serve(pool.grpc().add_service(admin.server()), listeners, handed_over);
     let work = async move { tokio::join!(serving, pool.run(), exchanging).0 };
-    process.run(registry, record, work).await
+    process.run(Membership::new(registry, record), work).await
 }
 
-pub(super) async fn prefill(process: Process, listeners: Listeners) -> anyhow::Result<()> {
+/// A prefill node or a decode node.
+pub(super) async fn engine(process: Process, listeners: Listeners) -> anyhow::Result<()> {
     let model = load_model(&process).await?;
     let pool = open_pool(&process, model.kv_space(process.settings.kv.block_tokens)).await?;
     let record = record(&process, &pool, model.config().context_tokens_max);
-    let service = prefill_node::Service::new(
-        process
-            .settings
-            .prefill
-            .config(process.settings.model.engine_threads()),
-        prefill_node::Deps {
-            identity: process.identity.clone(),
-            model,
-            store: pool.store().clone(),
-            channels: process.channels.clone(),
-            metrics: process.metrics.clone(),
-        },
-    )?;
-    let handle = service.handle();
+    let engines = Engines::new(&process, model, pool.store().clone());
+    engines.start(process.identity.role).await?;
     let (registry, _following) = process.registry().await?;
     let exchange = pool.exchange(registry.watch(), process.grpc_endpoint());
-    let running = handle.clone();
+    let running = engines.clone();
     let work = Work {
-        load: Arc::new(handle.clone()),
+        load: Arc::new(engines.clone()),
         requests: Box::new(move || running.requests()),
     };
     let drain = Drain::new(work, exchange, pool.store().clone(), process.shutdown.token());
-    let admin = admin(
-        &process,
-        &record,
-        Arc::new(drain.clone()),
-        Arc::new(drain.clone()),
+    let membership = Membership::new(registry, record.clone());
+    let flip = Flip::new(
+        engines.clone(),
+        drain.clone(),
+        membership.clone(),
+        process.shutdown.clone(),
     );
-    let routes = pool.grpc().add_service(handle.grpc()).add_service(admin.server());
-    let (exchanging, handed_over) = exchanging(&process, drain);
-    let serving = process.serve(routes, listeners, handed_over);
-    let shutdown = process.shutdown.token();
-    let work = async move {
-        let (served, ran, (), ()) = tokio::join!(serving, service.run(shutdown), pool.run(), exchanging);
-        ran.and(served)
-    };
-    process.run(registry, record, work).await
-}
-
-pub(super) async fn decode(process: Process, listeners: Listeners) -> anyhow::Result<()> {
-    let model = load_model(&process).await?;
-    let pool = open_pool(&process, model.kv_space(process.settings.kv.block_tokens)).await?;
-    let record = record(&process, &pool, model.config().context_tokens_max);
-    let service = decode_node::Service::new(
-        process
-            .settings
-            .decode
-            .config(process.settings.model.engine_threads()),
-        decode_node::Deps {
-            identity: process.identity.clone(),
-            model,
-            store: pool.store().clone(),
-            channels: process.channels.clone(),
-            metrics: process.metrics.clone(),
-        },
-    )?;
-    let handle = service.handle();
-    let (registry, _following) = process.registry().await?;
-    let exchange = pool.exchange(registry.watch(), process.grpc_endpoint());
-    let running = handle.clone();
-    let work = Work {
-        load: Arc::new(handle.clone()),
-        requests: Box::new(move || running.requests()),
-    };
-    let drain = Drain::new(work, exchange, pool.store().clone(), process.shutdown.token());
-    let admin = admin(
-        &process,
-        &record,
-        Arc::new(drain.clone()),
-        Arc::new(drain.clone()),
-    );
+    let admin = admin(&process, record, drain.clone()).with_flip(Arc::new(flip));
     let routes = pool
         .grpc()
-        .add_service(handle.server())
+        .add_service(engines.prefill_server())
+        .add_service(engines.decode_server())
         .add_service(admin.server());
     let (exchanging, handed_over) = exchanging(&process, drain);
     let serving = process.serve(routes, listeners, handed_over);
-    let shutdown = process.shutdown.token();
-    let work = async move {
-        let (served, ran, (), ()) = tokio::join!(serving, service.run(shutdown), pool.run(), exchanging);
-        ran.and(served)
-    };
-    process.run(registry, record, work).await
+    let work = async move { tokio::join!(serving, engines.ended(), pool.run(), exchanging).0 };
+    process.run(membership, work).await
 }
 
 pub(super) async fn router(process: Process, listeners: Listeners) -> anyhow::Result<()> {
@@ -170,12 +113,12 @@ pub(super) async fn router(process: Process, listeners: Listeners) -> anyhow::Re
     };
     let service = router::Service::new(process.settings.router.clone(), dependencies)
         .map_err(|error| Error::invalid("router", error.to_string()))?;
-    let drain = Arc::new(RouterDrain::new(
+    let drain = RouterDrain::new(
         service.handle(),
         process.readiness.clone(),
         process.shutdown.token(),
-    ));
-    let admin = admin(&process, &record, drain.clone(), drain);
+    );
+    let admin = admin(&process, record.clone(), drain);
     let (serve, shutdown) = (process.settings.node.serve(), process.shutdown.token());
     let work = async move {
         let ran = service
@@ -183,7 +126,7 @@ pub(super) async fn router(process: Process, listeners: Listeners) -> anyhow::Re
             .await;
         ran.map_err(|error| Error::internal(error.to_string()))
     };
-    process.run(registry, record, work).await
+    process.run(Membership::new(registry, record), work).await
 }
 
 /// What the pool does with its peers until the process is told to end, and then gives to them. The token is cancelled once that
@@ -205,13 +148,9 @@ fn exchanging(
     (work, handed_over)
 }
 
-fn admin(
-    process: &Process,
-    record: &NodeRecord,
-    load: Arc<dyn LoadSource>,
-    drain: Arc<dyn Drainable>,
-) -> NodeService {
-    NodeService::new(record.clone(), load, drain, process.shutdown.token())
+fn admin(process: &Process, record: NodeRecord, drain: impl Drainable + LoadSource) -> NodeService {
+    let drain = Arc::new(drain);
+    NodeService::new(record, drain.clone(), drain, process.shutdown.token())
         .with_log_levels(process.log_levels.clone())
 }
 

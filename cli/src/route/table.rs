@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use client::{Decision, PlacementCandidate};
 use comfy_table::Table;
+use proto::v1;
 
 use crate::output;
 
@@ -28,6 +29,9 @@ pub(super) fn explanation(decision: &Decision, all: bool) -> String {
         push(&mut text, line.trim_end());
     }
     push(&mut text, &format!("reason: {}", decision.reason));
+    if let Some(foreseen) = &decision.admission {
+        push(&mut text, &format!("admission: {}", admission(foreseen)));
+    }
     let more = decision.candidates.len() - shown;
     if more > 0 {
         push(&mut text, &format!("{more} more candidates: --all shows them"));
@@ -106,6 +110,21 @@ fn headline(decision: &Decision) -> String {
     }
     text.push_str("; times in ms\n");
     text
+}
+
+fn admission(foreseen: &v1::ForeseenAdmission) -> String {
+    if let Some(rejection) = &foreseen.rejection {
+        let retry_after_ms = rejection.retry_after_ms.unwrap_or_default();
+        return format!(
+            "turned away, {}; retry after {retry_after_ms} ms",
+            rejection.message
+        );
+    }
+    let first = format!("first token after {} ms", ms(foreseen.ttft_ms));
+    match foreseen.wait_ms {
+        0.0 => format!("at once, {first}"),
+        wait => format!("waits {} ms for its place, {first}", ms(wait)),
+    }
 }
 
 fn row(chosen: bool, candidate: &PlacementCandidate) -> Vec<String> {

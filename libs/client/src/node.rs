@@ -9,7 +9,7 @@ use tonic::Streaming;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
-use types::{Error, LoadReport, NodeRecord};
+use types::{Error, LoadReport, NodeRecord, Role};
 
 use crate::call::{self, UNARY_DEADLINE};
 
@@ -101,7 +101,39 @@ impl Node {
         Ok(())
     }
 
-    /// Tells a node that was drained to take requests again.
+    /// Tells the node to ask routers for nothing new.
+    ///
+    /// # Errors
+    ///
+    /// The node cannot be reached in time.
+    pub async fn cordon(&self) -> Result<(), Error> {
+        let mut client = self.client.clone();
+        let request = call::request(v1::CordonRequest {}, self.deadline);
+        call::unary("Node/Cordon", self.deadline, client.cordon(request)).await?;
+        Ok(())
+    }
+
+    /// Has the node take another role, and gives the one that it had. Its requests have `grace` to end there.
+    ///
+    /// # Errors
+    ///
+    /// `invalid` if it cannot have that role, `conflict` while it drains or flips already; it does not answer in time, which is
+    /// `grace` and this client's deadline, or fails to work in that role.
+    pub async fn flip(&self, to: Role, grace: Duration) -> Result<Role, Error> {
+        const METHOD: &str = "Node/Flip";
+        let mut client = self.client.clone();
+        let wire = v1::FlipRequest {
+            role: to.as_str().to_owned(),
+            grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
+        };
+        let deadline = self.deadline.saturating_add(grace);
+        let request = call::request(wire, deadline);
+        let response = call::unary(METHOD, deadline, client.flip(request)).await?;
+        Role::parse(&response.role)
+            .ok_or_else(|| Error::internal(format!("{METHOD} answered with a role {:?}", response.role)))
+    }
+
+    /// Tells a node that was drained or cordoned to take requests again.
     ///
     /// # Errors
     ///

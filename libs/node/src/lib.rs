@@ -35,6 +35,6 @@ pub use channel::{ApiKey, Channel, Channels, Connector, channel};
 pub use identity::Identity;
 pub use metrics::Metrics;
 pub use serve::{Listeners, Readiness};
-pub use service::{Drainable, LoadSource, NodeService};
+pub use service::{Drainable, Flippable, LoadSource, NodeService};
 pub use shutdown::Shutdown;
 pub use tls::Tls;

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use futures::future::BoxFuture;
 use futures::{Stream, stream};
 use proto::v1;
 use proto::v1::node_server::{Node, NodeServer};
 use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
-use types::{Error, LoadReport, NodeRecord};
+use types::{Error, LoadReport, NodeRecord, Role};
 
 use crate::telemetry::LogLevels;
 
@@ -23,18 +24,24 @@ pub const REPORT_INTERVAL_MIN: Duration = Duration::from_millis(10);
 /// A watcher that asks for less gets this.
 pub const REPORT_INTERVAL_MAX: Duration = Duration::from_secs(60);
 
+/// Longest time that requests can be given before a node changes its role: by then it is the wrong tool.
+const FLIP_GRACE_MAX: Duration = Duration::from_secs(600);
+
 /// Where reports come from. Called once per interval and watcher, so it must neither block nor wait.
 pub trait LoadSource: Send + Sync + 'static {
     /// How busy the node is now. `sequence` is filled in by the service.
     fn load(&self) -> LoadReport;
 }
 
-/// What `Drain` and `Resume` do.
+/// What `Drain`, `Cordon` and `Resume` do.
 pub trait Drainable: Send + Sync + 'static {
     /// Finishes what runs and takes nothing new. Only starts that, and bears being called again.
     fn drain(&self);
 
-    /// Takes requests again. A node that was not drained stays as it is.
+    /// Asks routers to place nothing new here.
+    fn cordon(&self);
+
+    /// Takes requests again. A node that was neither drained nor cordoned stays as it is.
     ///
     /// # Errors
     ///
@@ -42,11 +49,27 @@ pub trait Drainable: Send + Sync + 'static {
     fn resume(&self) -> Result<(), Error>;
 }
 
+/// What `Flip` does.
+pub trait Flippable: Send + Sync + 'static {
+    /// What the node is now.
+    fn role(&self) -> Role;
+
+    /// Takes the other role, and gives the one that it had. Requests have `grace` to end; then they are ended so that their clients
+    /// go on elsewhere. Goes on where the caller does not wait any more.
+    ///
+    /// # Errors
+    ///
+    /// `invalid` for a role that it cannot have, `conflict` while it drains or flips already, and whatever keeps it from working in
+    /// the other one: then it goes on in its own.
+    fn flip(&self, to: Role, grace: Duration) -> BoxFuture<'_, Result<Role, Error>>;
+}
+
 /// The service of one node. Clones are one and the same.
 #[derive(Clone)]
 pub struct NodeService {
     shared: Arc<Shared>,
     log_levels: Option<LogLevels>,
+    flippable: Option<Arc<dyn Flippable>>,
 }
 
 struct Shared {
@@ -61,7 +84,7 @@ struct Shared {
 impl fmt::Debug for NodeService {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("NodeService")
-            .field("record", &self.shared.record)
+            .field("record", &self.record())
             .finish()
     }
 }
@@ -83,6 +106,7 @@ impl NodeService {
                 sequence: AtomicU64::new(0),
             }),
             log_levels: None,
+            flippable: None,
         }
     }
 
@@ -95,9 +119,42 @@ impl NodeService {
         }
     }
 
+    /// Lets callers change the node's role.
+    #[must_use]
+    pub fn with_flip(self, flippable: Arc<dyn Flippable>) -> Self {
+        Self {
+            flippable: Some(flippable),
+            ..self
+        }
+    }
+
+    fn record(&self) -> NodeRecord {
+        let record = self.shared.record.clone();
+        let role = self.flippable.as_ref().map_or(record.role, |flips| flips.role());
+        NodeRecord { role, ..record }
+    }
+
     /// The service in the form that a server takes.
     pub fn server(&self) -> NodeServer<Self> {
         NodeServer::new(self.clone())
+    }
+
+    async fn flip_to(&self, role: &str, grace: Duration) -> Result<Role, Error> {
+        let unknown = || Error::invalid("role", format!("role is {role:?}, but must be prefill or decode"));
+        let to = Role::parse(role).ok_or_else(unknown)?;
+        if grace > FLIP_GRACE_MAX {
+            let message = format!(
+                "grace_ms is {}, but at most {} are allowed",
+                grace.as_millis(),
+                FLIP_GRACE_MAX.as_millis()
+            );
+            return Err(Error::invalid("grace_ms", message));
+        }
+        let fixed = || {
+            let message = format!("a {} cannot take another role", self.record().role);
+            Error::invalid("role", message)
+        };
+        self.flippable.as_ref().ok_or_else(fixed)?.flip(to, grace).await
     }
 
     fn report(&self) -> LoadReport {
@@ -112,7 +169,7 @@ impl NodeService {
 impl Node for NodeService {
     async fn info(&self, _: Request<v1::InfoRequest>) -> Result<Response<v1::InfoResponse>, Status> {
         Ok(Response::new(v1::InfoResponse {
-            record_json: proto::convert::record_to_json(&self.shared.record),
+            record_json: proto::convert::record_to_json(&self.record()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             unix_time_ms: unix_time_ms(),
         }))
@@ -132,6 +189,20 @@ impl Node for NodeService {
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         self.shared.drainable.drain();
         Ok(Response::new(v1::DrainResponse {}))
+    }
+
+    async fn cordon(&self, _: Request<v1::CordonRequest>) -> Result<Response<v1::CordonResponse>, Status> {
+        self.shared.drainable.cordon();
+        Ok(Response::new(v1::CordonResponse {}))
+    }
+
+    async fn flip(&self, request: Request<v1::FlipRequest>) -> Result<Response<v1::FlipResponse>, Status> {
+        let v1::FlipRequest { role, grace_ms } = request.into_inner();
+        let had = self.flip_to(&role, Duration::from_millis(grace_ms)).await;
+        let had = had.map_err(|error| proto::status::to_status(&error))?;
+        Ok(Response::new(v1::FlipResponse {
+            role: had.as_str().to_owned(),
+        }))
     }
 
     async fn resume(&self, _: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {

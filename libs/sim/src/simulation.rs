@@ -342,12 +342,16 @@ impl<'a> Simulation<'a> {
         if self.routers[router].admission().lacks_room() {
             self.make_room(router);
         }
+        let asked = self.slo();
         let admission = self.routers[router].admission();
-        let forecast = Forecast {
-            ttft: admission.wait(&arrival),
-            tbt: None,
-        };
-        if Admission::judge(forecast, Duration::ZERO, self.slo()).is_err() {
+        let judged = admission.foresee(&arrival).and_then(|wait| {
+            let forecast = Forecast {
+                ttft: wait,
+                tbt: None,
+            };
+            Admission::judge(forecast, Duration::ZERO, asked)
+        });
+        if judged.is_err() {
             self.end(request, Outcome::Rejected);
             return;
         }

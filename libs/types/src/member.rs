@@ -21,6 +21,8 @@ pub enum Role {
 }
 
 impl Role {
+    const ALL: [Self; 4] = [Self::Router, Self::Prefill, Self::Decode, Self::Store];
+
     /// The name used on the command line, in metrics and in the registry.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -29,6 +31,11 @@ impl Role {
             Self::Decode => "decode",
             Self::Store => "store",
         }
+    }
+
+    /// The role of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.as_str() == name)
     }
 }
 
@@ -101,6 +108,25 @@ pub struct LoadReport {
     /// Blocks that its disk can hold.
     #[serde(default)]
     pub disk_capacity_blocks: u64,
+    /// An operator asks routers to place nothing new here. The node itself refuses nothing.
+    #[serde(default)]
+    pub cordoned: bool,
+}
+
+impl LoadReport {
+    /// Whether routers may place requests on the node.
+    pub fn takes_requests(&self) -> bool {
+        !self.draining && !self.cordoned
+    }
+
+    /// `draining`, `cordoned` or `ready`, as it is shown to people.
+    pub fn state(&self) -> &'static str {
+        match (self.draining, self.cordoned) {
+            (true, _) => "draining",
+            (false, true) => "cordoned",
+            (false, false) => "ready",
+        }
+    }
 }
 
 /// How far a node is that an operator drained.

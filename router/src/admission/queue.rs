@@ -102,6 +102,12 @@ impl Queue {
         self.places.range(..place).count()
     }
 
+    /// Whether such a request would be taken in.
+    pub(super) fn takes(&self, arrival: &Arrival<'_>, bounds: Bounds) -> bool {
+        let place = self.place(arrival);
+        self.leaving(place, arrival.prompt_tokens, bounds).is_some()
+    }
+
     /// Takes a request in, at the cost of those behind it where there is no room otherwise.
     pub(super) fn push(&mut self, arrival: &Arrival<'_>, bounds: Bounds) -> Pushed {
         let place = self.place(arrival);

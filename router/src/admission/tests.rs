@@ -244,7 +244,7 @@ fn requests_wait_while_nodes_have_no_room() {
     assert_eq!(admission.make_room(Room { prompt_tokens: 0 }, now), []);
     assert!(admission.lacks_room());
     assert_eq!(admission.arrive(&arrival(0, 10), now), Outcome::Wait(vec![]));
-    assert!(admission.wait(&arrival(1, 10)) > Millis(0.0));
+    assert!(admission.foresee(&arrival(1, 10)).expect("a place") > Millis(0.0));
     assert_eq!(
         admission.make_room(Room { prompt_tokens: 5 }, now),
         [Ticket(0)],
@@ -269,7 +269,7 @@ fn a_prompt_above_the_bound_runs_alone() {
     let now = Instant::now();
     let mut admission = Admission::new(LIMITS);
     assert_eq!(admission.arrive(&arrival(1, 120), now), Outcome::Run);
-    assert!(admission.wait(&arrival(2, 1)) > Millis(0.0));
+    assert!(admission.foresee(&arrival(2, 1)).expect("a place") > Millis(0.0));
     assert_eq!(admission.arrive(&arrival(2, 1), now), Outcome::Wait(vec![]));
     assert_eq!(admission.end(Ticket(1), now), [Ticket(2)]);
 }

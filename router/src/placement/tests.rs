@@ -31,6 +31,7 @@ fn node(name: &str, role: Role) -> NodeView {
         reachable: true,
         readable: true,
         draining: false,
+        cordoned: false,
         context_tokens_max: 8192,
         rates: rates(),
         pressure: Pressure {
@@ -312,6 +313,21 @@ fn failed_draining_and_unreachable_nodes_are_in_no_candidate() {
     case.excluded.push("d1");
     let error = case.place(&nodes, &mut Perigee).expect_err("nobody is left");
     assert!(error.to_string().contains("d1 failed this request"), "{error}");
+}
+
+#[test]
+fn nothing_is_placed_on_a_cordoned_node_which_is_read_from_all_the_same() {
+    let mut nodes = cluster();
+    nodes[2].cordoned = true;
+    let mut case = Case::of(2000);
+    case.matches = vec![("d0", 40)];
+    let explanation = case.place(&nodes, &mut Perigee).expect("d1 is free");
+    let choice = explanation.choice();
+    assert_eq!(
+        (choice.decode.as_str(), choice.sources[0].node.as_str()),
+        ("d1", "d0")
+    );
+    assert_eq!(explanation.excluded, vec![("d0".into(), Exclusion::Cordoned)]);
 }
 
 #[test]

@@ -180,8 +180,7 @@ fn node(member: &MemberStatus) -> Option<Node> {
     let load = member.load.unwrap_or_default();
     let state = match member.load {
         _ if !member.connected => "lost",
-        Some(load) if load.draining => "draining",
-        Some(_) => "ready",
+        Some(load) => load.state(),
         None => "starting",
     };
     let free = load.free_blocks.min(record.capacity_blocks);

@@ -96,6 +96,8 @@ pub(crate) struct Idle;
 impl Drainable for Idle {
     fn drain(&self) {}
 
+    fn cordon(&self) {}
+
     fn resume(&self) -> Result<(), Error> {
         Ok(())
     }

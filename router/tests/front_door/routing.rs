@@ -47,6 +47,25 @@ async fn decisions(client: &mut RoutingClient<Channel>, request_id: &str) -> Vec
 }
 
 #[tokio::test]
+async fn an_explanation_says_that_a_prompt_would_be_turned_away_and_why() {
+    let fixture = Fixture::new();
+    let node = fixture.decode("d0", |_| greeting());
+    let router = Router::start(&fixture, config(), &[&node]).await;
+    let mut client = routing(&router).await;
+    let hurried = v1::ExplainRequest {
+        ttft_slo_ms: 1e-6,
+        ..explain()
+    };
+    let answer = client.explain(hurried).await.expect("explained").into_inner();
+    let decision = answer.decision.expect("a decision");
+    let rejection = decision.admission.and_then(|foreseen| foreseen.rejection);
+    let rejection = rejection.expect("too late from the start");
+    assert_eq!(rejection.code, "overloaded", "{rejection:?}");
+    assert_eq!(rejection.overload.expect("it names one").constraint, "ttft");
+    assert!(rejection.retry_after_ms.is_some());
+}
+
+#[tokio::test]
 async fn a_prompt_is_explained_as_it_is_then_placed_and_nothing_is_counted() {
     let fixture = Fixture::new();
     let conversation = tokens().ids;
@@ -74,6 +93,9 @@ async fn a_prompt_is_explained_as_it_is_then_placed_and_nothing_is_counted() {
     // Nothing was counted, or the next one would go elsewhere.
     assert!(explained.iter().all(|one| one.candidates == first.candidates));
     assert!(decisions(&mut client, "").await.is_empty());
+    let admission = first.admission.as_ref().expect("only explained");
+    assert_eq!((admission.wait_ms, &admission.rejection), (0.0, &None));
+    assert!(admission.ttft_ms >= first.candidates[0].ttft_ms, "{admission:?}");
     events(&router, request()).await.expect("served");
     let kept = decisions(&mut client, &request().request_id).await;
     assert_eq!(kept.len(), 1);

@@ -69,6 +69,44 @@ not weighed: decode-2, failed before
 }
 
 #[test]
+fn what_admission_would_say_is_told() {
+    let line = |foreseen| {
+        let decision = Decision {
+            admission: Some(foreseen),
+            ..decision()
+        };
+        let text = explanation(&decision, false);
+        let found = text.lines().find_map(|line| line.strip_prefix("admission: "));
+        found.expect("a line").to_owned()
+    };
+    let at_once = v1::ForeseenAdmission {
+        ttft_ms: 55.25,
+        ..v1::ForeseenAdmission::default()
+    };
+    assert_eq!(line(at_once.clone()), "at once, first token after 55.2 ms");
+    let waits = v1::ForeseenAdmission {
+        wait_ms: 12.0,
+        ..at_once.clone()
+    };
+    assert_eq!(
+        line(waits),
+        "waits 12.0 ms for its place, first token after 55.2 ms"
+    );
+    let turned_away = v1::ForeseenAdmission {
+        rejection: Some(v1::Failure {
+            message: "512 requests wait already".into(),
+            retry_after_ms: Some(1500),
+            ..v1::Failure::default()
+        }),
+        ..at_once
+    };
+    assert_eq!(
+        line(turned_away),
+        "turned away, 512 requests wait already; retry after 1500 ms"
+    );
+}
+
+#[test]
 fn what_does_not_fit_a_screen_is_asked_for() {
     let mut decision = decision();
     let other = candidate("prefill-1", "decode-0", 60.0);

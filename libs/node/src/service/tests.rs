@@ -47,6 +47,9 @@ pub(crate) async fn idle_node_over(tls: Option<Tls>, clients: ClientCertificates
         fn drain(&self) {
             self.0.store(true, Ordering::SeqCst);
         }
+        fn cordon(&self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
         fn resume(&self) -> Result<(), Error> {
             match self.0.swap(false, Ordering::SeqCst) {
                 true => Ok(()),

@@ -190,6 +190,7 @@ impl Node {
             drain: None,
             disk_blocks: 0,
             disk_capacity_blocks: 0,
+            cordoned: false,
         }
     }
 }

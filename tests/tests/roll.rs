@@ -1,0 +1,330 @@
+//! Every role is rolled, and nodes change theirs, under load: no request fails, and no token is another one.
+
+#![allow(missing_docs)]
+
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use engine::fixture::{TinyModel, write_tiny_gguf};
+use nix::sys::signal::Signal;
+use proto::v1;
+use serde_json::Value;
+use tests::cases::{Case, Random, token};
+use tests::etcd::Etcd;
+use tests::load::Load;
+use tests::{Cluster, PATIENCE, Process, client, free_port, perigee, records, wait_for, wait_for_status};
+use types::{NodeRecord, Role, Token};
+
+const VOCABULARY: u32 = 256;
+const CLIENTS: usize = 4;
+/// Requests that a rolling restart must have cost none of.
+const REQUESTS_MIN: usize = 500;
+
+fn tiny(folder: &Path) -> PathBuf {
+    let path = folder.join("tiny.gguf");
+    write_tiny_gguf(&path, &TinyModel::default()).expect("write the model");
+    path
+}
+
+/// Short and long answers, drawn in every way.
+fn cases() -> Vec<Case> {
+    let mut random = Random::new(93);
+    let document: Vec<Token> = (0..300).map(|_| token(&mut random, VOCABULARY)).collect();
+    (0..24)
+        .map(|_| Case::random(&mut random, std::slice::from_ref(&document), VOCABULARY, 80))
+        .collect()
+}
+
+/// A process of the cluster, always at the same port and under the same name, as in a container.
+struct Pod {
+    role: &'static str,
+    id: String,
+    grpc_port: u16,
+    arguments: Vec<String>,
+    folder: tempfile::TempDir,
+    process: Option<Process>,
+}
+
+impl Pod {
+    fn new(role: &'static str, number: usize, registry: &str, model: &Path) -> Self {
+        let (id, grpc_port) = (format!("{role}-{number}"), free_port());
+        let mut arguments = vec![role, "--id", &id, "--registry", registry];
+        let (port, model) = (grpc_port.to_string(), model.to_str().expect("UTF-8"));
+        arguments.extend(["--grpc-port", &port, "--model", model]);
+        match role {
+            "router" => arguments.extend([
+                "--set",
+                "router.policy=round_robin",
+                "--set",
+                "router.local_prefill_tokens_max=0",
+            ]),
+            "store" => arguments.extend(["--kv-memory", "16MiB"]),
+            _ => arguments.extend(["--kv-memory", "64MiB", "--threads", "1"]),
+        }
+        let arguments = arguments.into_iter().map(str::to_owned).collect();
+        let folder = tempfile::tempdir().expect("folder");
+        let mut pod = Self {
+            role,
+            id,
+            grpc_port,
+            arguments,
+            folder,
+            process: None,
+        };
+        pod.start();
+        pod
+    }
+
+    fn start(&mut self) {
+        let mut command = Command::new(perigee());
+        command.args(&self.arguments);
+        self.process = Some(Process::start(&mut command, self.folder.path(), &self.id));
+    }
+
+    fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.grpc_port)
+    }
+
+    /// What a StatefulSet does with a container that has the chart's hook.
+    async fn replace(&mut self, routers: &[String]) {
+        let config = self.folder.path().join("perigee.toml");
+        let text = format!("[node]\nlisten = \"127.0.0.1\"\ngrpc_port = {}\n", self.grpc_port);
+        std::fs::write(&config, text).expect("write the settings");
+        let hook = Command::new(perigee())
+            .args(["node", "drain", "--self", "--wait"])
+            .env("PERIGEE_CONFIG", config)
+            .output()
+            .expect("start");
+        assert!(hook.status.success(), "{hook:?}");
+        let mut process = self.process.take().expect("it runs");
+        process.signal(Signal::SIGTERM);
+        assert_eq!(process.wait(), Some(0), "{}", process.log());
+        self.start();
+        for router in routers {
+            self.is_heard(router).await;
+        }
+    }
+
+    /// Waits until the router has heard of it; a router is heard of once it listens, and knows whom it places on.
+    async fn is_heard(&self, router: &str) {
+        if self.role == "router" {
+            wait_for("the router to listen", || {
+                TcpStream::connect(("127.0.0.1", self.grpc_port)).ok()
+            });
+            let mut client = client(&self.url()).await;
+            wait_for_status(&mut client, |status| match records(&status).count() {
+                0..5 => Err("the router knows too few nodes".to_owned()),
+                _ => Ok(()),
+            })
+            .await;
+            return;
+        }
+        let mut client = client(router).await;
+        wait_for_status(&mut client, |status| {
+            let ready = tests::heard(&status).any(|node| {
+                let record: NodeRecord = serde_json::from_str(&node.record_json).expect("record");
+                record.id.as_str() == self.id && !node.load_json.contains("\"draining\":true")
+            });
+            ready
+                .then_some(())
+                .ok_or_else(|| format!("{} is not back", self.id))
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_restart_of_every_role_costs_no_request_and_no_token() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = tiny(folder.path());
+    let etcd = Etcd::start();
+    let pods = |role| (0..2).map(move |number| (role, number));
+    let roles = pods("prefill").chain(pods("decode")).chain([("store", 0)]);
+    let mut nodes: Vec<Pod> = roles
+        .map(|(role, number)| Pod::new(role, number, &etcd.url(), &model))
+        .collect();
+    let mut routers: Vec<Pod> = pods("router")
+        .map(|(role, number)| Pod::new(role, number, &etcd.url(), &model))
+        .collect();
+    let urls: Vec<String> = routers.iter().map(Pod::url).collect();
+    for router in &routers {
+        router.is_heard(&router.url()).await;
+    }
+    let both: Vec<&str> = urls.iter().map(String::as_str).collect();
+    let load = Load::new(&model, &both, cases());
+    let work = async {
+        for pod in &mut nodes {
+            load.goes_on(20).await;
+            pod.replace(&urls).await;
+            if pod.role != "store" {
+                load.uses(&pod.id).await;
+            }
+        }
+        for router in &mut routers {
+            load.goes_on(20).await;
+            router.replace(&urls[..1]).await;
+        }
+        let so_far = load.seen().ended;
+        load.goes_on(REQUESTS_MIN.saturating_sub(so_far).max(20)).await;
+    };
+    load.during(CLIENTS, work).await;
+    let seen = load.seen();
+    assert!(seen.ended >= REQUESTS_MIN, "{seen:?}");
+    assert_eq!(
+        seen.by.len(),
+        4,
+        "each node with an engine had its part: {seen:?}"
+    );
+}
+
+fn node(cluster: &Cluster, arguments: &[&str]) -> Value {
+    let router = cluster.ready.grpc.trim_start_matches("http://");
+    let mut command = Command::new(perigee());
+    command
+        .args(["node", "-o", "json", "--router", router])
+        .args(arguments);
+    let output = command.output().expect("start");
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+fn started(model: &Path) -> (Cluster, Arc<Load>) {
+    let spread = ["--set", "router.policy=round_robin"];
+    let apart = ["--set", "router.local_prefill_tokens_max=0"];
+    let roles = ["--prefill", "2", "--decode", "2", "--threads", "1"];
+    let cluster = Cluster::start(model, &[&roles[..], &spread, &apart].concat());
+    let load = Load::new(model, &[&cluster.ready.grpc], cases());
+    (cluster, load)
+}
+
+/// Flips a node, and checks that everybody takes it for what it is.
+async fn flip(cluster: &Cluster, id: &str, to: Role) {
+    let was = node(cluster, &["show", id])["record"].clone();
+    let flipped = node(cluster, &["flip", id, "--to", to.as_str(), "--grace", "1s"]);
+    assert_eq!(
+        (&flipped["role"], &flipped["was"]),
+        (&to.as_str().into(), &was["role"])
+    );
+    let took_ms = flipped["took_ms"].as_u64().expect("a number");
+    assert!(took_ms < 10_000, "{flipped}");
+    let said = node(cluster, &["show", id])["record"].clone();
+    assert_eq!(
+        (&said["role"], &said["epoch"]),
+        (&to.as_str().into(), &was["epoch"])
+    );
+    let mut client = cluster.client().await;
+    wait_for_status(&mut client, |status| {
+        let known = records(&status).any(|record| record.id.as_str() == id && record.role == to);
+        known
+            .then_some(())
+            .ok_or_else(|| format!("the router does not know {id} as a {to} node"))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_change_their_role_under_load_within_seconds_and_no_request_notices() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = tiny(folder.path());
+    let (cluster, load) = started(&model);
+    let work = async {
+        for (id, role) in [
+            ("prefill-1", Role::Decode),
+            ("decode-0", Role::Prefill),
+            ("prefill-1", Role::Prefill),
+            ("decode-0", Role::Decode),
+        ] {
+            flip(&cluster, id, role).await;
+            load.uses(id).await;
+        }
+    };
+    load.during(CLIENTS, work).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_goes_on_elsewhere_where_its_node_changes_its_role() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = tiny(folder.path());
+    let cluster = Cluster::start(&model, &["--prefill", "0", "--decode", "2", "--threads", "1"]);
+    let long = Case {
+        prompt: (0..50).collect(),
+        sampling: types::SamplingParams {
+            max_tokens: 1800,
+            ignore_eos: true,
+            seed: 7,
+            ..types::SamplingParams::default()
+        },
+    };
+    let load = Load::new(&model, &[&cluster.ready.grpc], vec![long.clone()]);
+    let mut client = cluster.client().await;
+    let mut stream = client
+        .generate(long.request())
+        .await
+        .expect("placed")
+        .into_inner();
+    let (mut tokens, mut flipped, mut finished) = (Vec::new(), None, None);
+    while let Some(response) = stream.message().await.expect("no seam") {
+        match response.event {
+            Some(v1::generate_response::Event::Tokens(chunk)) => tokens.extend(chunk.ids),
+            Some(v1::generate_response::Event::Finished(end)) => finished = Some(end),
+            Some(v1::generate_response::Event::Accepted(_)) | None => {}
+        }
+        if tokens.len() >= 20 && flipped.is_none() {
+            let requests = node(&cluster, &["list"]);
+            let runs = |node: &&Value| node["load"]["running_sequences"].as_u64() > Some(0);
+            let nodes = requests["nodes"].as_array().expect("a list").clone();
+            let Some(busy) = nodes.iter().find(runs) else {
+                continue;
+            };
+            let id = busy["record"]["id"].as_str().expect("a name").to_owned();
+            node(&cluster, &["flip", &id, "--grace", "0s"]);
+            flipped = Some(id);
+        }
+    }
+    assert_eq!(tokens, load.expected[0]);
+    let report = finished.and_then(|end| end.report).expect("a report");
+    assert_eq!(report.placements, 2, "{report:?}");
+    assert_ne!(Some(report.decode_node), flipped);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cordoned_node_gets_nothing_new_and_is_read_from() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = tiny(folder.path());
+    let (cluster, load) = started(&model);
+    let work = async {
+        load.uses("decode-1").await;
+        assert_eq!(node(&cluster, &["cordon", "decode-1"])["state"], "cordoned");
+        let mut client = cluster.client().await;
+        wait_for_status(&mut client, |status| {
+            let known = tests::heard(&status).any(|node| node.load_json.contains("\"cordoned\":true"));
+            known.then_some(()).ok_or_else(|| "nobody is cordoned".to_owned())
+        })
+        .await;
+        assert_eq!(node(&cluster, &["show", "decode-1"])["state"], "cordoned");
+        // What was placed before ends.
+        wait_for("what ran on decode-1 to end", || {
+            let said = node(&cluster, &["show", "decode-1"]);
+            (said["load"]["running_sequences"] == 0).then_some(())
+        });
+        let part = load.seen().of("decode-1");
+        load.uses("decode-0").await;
+        assert_eq!(load.seen().of("decode-1"), part, "a cordoned node is used");
+        let explained = Command::new(perigee())
+            .args(["route", "explain", "--prompt", "hello", "--router"])
+            .arg(cluster.ready.grpc.trim_start_matches("http://"))
+            .output()
+            .expect("start");
+        let explained = String::from_utf8_lossy(&explained.stdout).into_owned();
+        assert!(
+            explained.contains("not weighed: decode-1, cordoned"),
+            "{explained}"
+        );
+        assert_eq!(node(&cluster, &["resume", "decode-1"])["state"], "ready");
+        load.uses("decode-1").await;
+    };
+    let worked = tokio::time::timeout(4 * PATIENCE, load.during(CLIENTS, work));
+    worked.await.expect("it comes to an end");
+}
