@@ -5,21 +5,24 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use node::ApiKey;
 use node::config::{ByteSize, Duration};
 use types::Priority;
 
 use crate::bench::BenchArgs;
 use crate::cache::CacheCommand;
 use crate::check::{ChatFlags, DoctorArgs};
+use crate::context::{ClusterFlags, ContextCommand};
+use crate::debug::DebugCommand;
 use crate::key::KeyCommand;
-use crate::output::Format;
+use crate::manual::{CompletionsArgs, ManArgs};
+use crate::output::{Format, Watch};
 use crate::pull::PullArgs;
 use crate::requests::RequestCommand;
 use crate::route::RouteCommand;
 use crate::settings::Transport;
 use crate::sim::SimCommand;
 use crate::top::TopArgs;
+use crate::tenants::TenantCommand;
 
 /// KV-cache-centric serving of language models: prefill, decode, a distributed KV store, and a router.
 #[derive(Debug, Parser)]
@@ -28,24 +31,8 @@ pub(crate) struct Arguments {
     /// How results are printed.
     #[arg(short, long, global = true, value_enum, default_value_t)]
     pub(crate) output: Format,
-    /// gRPC address of the router that client commands talk to.
-    #[arg(
-        long,
-        global = true,
-        env = "PERIGEE_ROUTER",
-        default_value = "127.0.0.1:50051"
-    )]
-    pub(crate) router: String,
-    /// Key that the router asks for.
-    #[arg(
-        long,
-        global = true,
-        env = "PERIGEE_API_KEY",
-        hide_env_values = true,
-        value_name = "KEY",
-        value_parser = |key: &str| ApiKey::new(key)
-    )]
-    pub(crate) api_key: Option<ApiKey>,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterFlags,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -72,7 +59,7 @@ pub(crate) enum Command {
     /// Load a server with requests, and measure its answers
     Bench(BenchArgs),
     /// Show the cluster's nodes and load
-    Status,
+    Status(Watch),
     /// Watch nodes and requests, full screen and live
     Top(TopArgs),
     /// Say what is wrong with the cluster, or with this machine, and what to do about it
@@ -88,6 +75,9 @@ pub(crate) enum Command {
     /// The cached blocks of all nodes
     #[command(subcommand)]
     Cache(CacheCommand),
+    /// Tenants, and what they have of the nodes' pools
+    #[command(subcommand)]
+    Tenant(TenantCommand),
     /// Where requests were placed, and why
     #[command(subcommand)]
     Route(RouteCommand),
@@ -103,19 +93,31 @@ pub(crate) enum Command {
     /// Keys of a router's callers
     #[command(subcommand)]
     Key(KeyCommand),
-    /// Print the configuration that a role would run with
+    /// Print the configuration that a role would run with, or compare it
     Config(ConfigArgs),
+    /// Clusters by name, for --context
+    #[command(subcommand)]
+    Context(ContextCommand),
+    /// Collect what others need to see of a cluster to help with it
+    #[command(subcommand)]
+    Debug(DebugCommand),
+    /// Print a shell's completions of this command line
+    Completions(CompletionsArgs),
+    /// Print the manual
+    Man(ManArgs),
 }
 
 /// `perigee node`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum NodeCommand {
     /// List the nodes with their addresses and load
-    List,
+    List(Watch),
     /// Show all that a node says of itself
     Show {
         /// Its name.
         node: String,
+        #[command(flatten)]
+        watch: Watch,
     },
     /// Let a node finish what it has and take nothing new, so that it can be stopped
     Drain(DrainArgs),
@@ -203,7 +205,7 @@ pub(crate) struct DrainArgs {
 #[derive(Debug, Subcommand)]
 pub(crate) enum TransferCommand {
     /// Show what each pair of nodes uses, and why nothing better
-    List,
+    List(Watch),
     /// Measure bandwidth and latency between two nodes' pools, and verify what arrives
     Test(TransferTestArgs),
 }
@@ -255,8 +257,8 @@ pub(crate) struct CheckArgs {
 pub(crate) enum ModelCommand {
     /// Get a model
     Pull(PullArgs),
-    /// List the catalogue
-    List,
+    /// List the catalogue, and what the cluster serves
+    List(Watch),
 }
 
 /// Settings that have a flag; each one overrides the file and the environment.
@@ -436,7 +438,32 @@ pub(crate) struct DemoArgs {
 
 /// Flags of `config`.
 #[derive(Debug, Clone, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct ConfigArgs {
+    #[command(flatten)]
+    pub(crate) view: ViewArgs,
+    #[command(subcommand)]
+    pub(crate) command: Option<ConfigCommand>,
+}
+
+/// `perigee config`.
+#[derive(Debug, Clone, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Print the configuration, as `config` alone does
+    View(ViewArgs),
+    /// Show where the configuration differs from the defaults, or from another file
+    Diff {
+        #[command(flatten)]
+        settings: SettingFlags,
+        /// TOML file to compare with.
+        #[arg(long, value_name = "FILE")]
+        other: Option<PathBuf>,
+    },
+}
+
+/// Flags of `config view`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ViewArgs {
     #[command(flatten)]
     pub(crate) settings: SettingFlags,
     /// Print the reference of all settings instead.

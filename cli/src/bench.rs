@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use sim::trace::TRACE_BLOCK_TOKENS;
 use types::{Error, ErrorCode, Role};
 
-use crate::output::{self, Format};
+use crate::output::{self, Format, View};
 use crate::reach::Router;
 
 pub(crate) use flags::BenchArgs;
@@ -44,6 +44,7 @@ const OUTPUT_TOKENS: u64 = 64;
 
 /// Runs the load and prints the figures.
 pub(crate) async fn run(arguments: BenchArgs, router: &Router, format: Format) -> anyhow::Result<()> {
+    format.without_names()?;
     let plan = plan_of(&arguments)?;
     let (target, url, served) = connect(&arguments, router).await?;
     let target = Arc::new(target);
@@ -79,24 +80,18 @@ pub(crate) async fn run(arguments: BenchArgs, router: &Router, format: Format) -
         let title = format!("perigee bench: {} of {url}", shape.model);
         fs::write(path, report::svg(&title, &samples)).with_context(|| format!("write {}", path.display()))?;
     }
-    match format {
-        Format::Json => {
-            let run = json!({
-                "url": url,
-                "model": shape.model,
-                "api": shape.api.as_str(),
-                "seed": load.seed,
-                "load": load_json(load, running_max),
-                "started_unix_ms": started.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
-                "machine": machine(),
-            });
-            output::print_json(&to_json(run, &report, arguments.samples.then_some(&samples[..]))?)?;
-        }
-        Format::Text => {
-            print!("{}\n", report.lines());
-            output::print_table(&report.times())?;
-        }
-    }
+    let run = json!({
+        "url": url,
+        "model": shape.model,
+        "api": shape.api.as_str(),
+        "seed": load.seed,
+        "load": load_json(load, running_max),
+        "started_unix_ms": started.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
+        "machine": machine(),
+    });
+    let document = to_json(run, &report, arguments.samples.then_some(&samples[..]))?;
+    let text = |_| format!("{}\n{}", report.lines(), output::table_text(&report.times()));
+    format.print(&View::new(document, text))?;
     judge(&report, &samples, arguments.allow_failures)
 }
 

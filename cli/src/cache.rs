@@ -6,22 +6,23 @@
 mod file;
 mod flags;
 mod prompt;
-mod tenants;
+mod views;
 
 use std::io::{BufRead, IsTerminal};
 use std::time::Duration;
 
-use client::{Cache, Store};
+use client::{Cache, Store, StoreStats};
 use futures::{StreamExt, stream};
-use serde_json::{Value, json};
-use types::{Error, ErrorCode};
+use types::{Error, ErrorCode, NodeId};
 
 use crate::nodes;
-use crate::output::{self, Format};
+use crate::output::{self, Format, Watch};
 use crate::reach::{Reached, Router};
+pub(crate) use file::refused;
 pub(crate) use flags::CacheCommand;
 use flags::{EvictArgs, PinArgs, TopArgs, UnpinArgs, WarmArgs};
 use prompt::Prompt;
+pub(crate) use views::stats as stats_view;
 
 /// Nodes that are asked at a time.
 const ASKED_MAX: usize = 32;
@@ -32,12 +33,12 @@ const WARM_TIMEOUT: Duration = Duration::from_secs(120);
 pub(crate) async fn run(command: CacheCommand, router: &Router, format: Format) -> anyhow::Result<()> {
     let members = members(router).await?;
     match command {
-        CacheCommand::Stats => stats(&members, format).await,
+        CacheCommand::Stats(watch) => stats(watch, &members, format).await,
         CacheCommand::Top(flags) => top(&flags, &members, format).await,
         CacheCommand::Locate(flags) => locate(&Prompt::read(&flags, &members).await?, &members, format).await,
         CacheCommand::Pin(flags) => pin(&flags, &members, format).await,
         CacheCommand::Unpin(flags) => unpin(&flags, &members, format).await,
-        CacheCommand::Pins => pins(&members, format).await,
+        CacheCommand::Pins(watch) => pins(watch, &members, format).await,
         CacheCommand::Evict(flags) => evict(&flags, &members, format).await,
         CacheCommand::Warm(flags) => warm(&flags, &members, format).await,
         CacheCommand::Verify { node } => verify(node.as_deref(), &members, format).await,
@@ -49,122 +50,37 @@ pub(crate) async fn run(command: CacheCommand, router: &Router, format: Format) 
     }
 }
 
-async fn stats(members: &[Reached], format: Format) -> anyhow::Result<()> {
-    let answers = ask(members, async |record| {
+async fn stats(watch: Watch, members: &[Reached], format: Format) -> anyhow::Result<()> {
+    watch
+        .show(format, async || Ok(views::stats(&store_stats(members).await)))
+        .await
+}
+
+/// What each node says of its pool.
+pub(crate) async fn store_stats(members: &[Reached]) -> Vec<(Reached, StoreStats)> {
+    ask(members, async |record| {
         Store::new(record.channel()?).stats().await
     })
-    .await;
-    if format == Format::Json {
-        let nodes = answers.iter().map(|(record, stats)| {
-            json!({
-                "id": record.id,
-                "role": record.role,
-                "block_bytes": stats.block_bytes,
-                "capacity_blocks": stats.capacity_blocks,
-                "free_blocks": stats.free_blocks,
-                "cached_blocks": stats.cached_blocks,
-                "pinned_blocks": stats.pinned_blocks,
-                "hits": stats.hits,
-                "misses": stats.misses,
-                "evictions": stats.evictions,
-                "corruptions": stats.corruptions,
-                "object_tier": stats.object_tier.as_ref().map(|tier| json!({
-                    "usable": tier.usable,
-                    "read_bytes": tier.read_bytes,
-                    "written_bytes": tier.written_bytes,
-                    "missed_segments": tier.missed_segments,
-                    "errors": tier.errors,
-                    "corruptions": tier.corruptions,
-                })),
-                "tenants": tenants::to_json(stats),
-            })
-        });
-        return output::print_json(&json!({ "nodes": nodes.collect::<Vec<_>>() }));
-    }
-    let mut table = output::table(&[
-        "NODE",
-        "ROLE",
-        "POOL",
-        "CACHED",
-        "IN USE",
-        "FREE",
-        "HITS",
-        "MISSES",
-        "HIT RATIO",
-        "EVICTED",
-        "CORRUPT",
-        "BUCKET",
-    ]);
-    for (record, stats) in &answers {
-        let asked = stats.hits + stats.misses;
-        table.add_row([
-            record.id.to_string(),
-            record.role.to_string(),
-            output::bytes(stats.capacity_blocks * stats.block_bytes),
-            output::bytes(stats.cached_blocks * stats.block_bytes),
-            output::bytes(stats.pinned_blocks * stats.block_bytes),
-            output::bytes(stats.free_blocks * stats.block_bytes),
-            stats.hits.to_string(),
-            stats.misses.to_string(),
-            match asked {
-                0 => "-".to_owned(),
-                asked => format!("{:.1} %", 100.0 * stats.hits as f64 / asked as f64),
-            },
-            stats.evictions.to_string(),
-            stats.corruptions.to_string(),
-            match &stats.object_tier {
-                None => "-".to_owned(),
-                Some(tier) if !tier.usable => "bypassed".to_owned(),
-                Some(tier) => format!(
-                    "{} in, {} out",
-                    output::bytes(tier.written_bytes),
-                    output::bytes(tier.read_bytes)
-                ),
-            },
-        ]);
-    }
-    output::print_table(&table)?;
-    tenants::print(&answers)
+    .await
 }
 
 async fn top(flags: &TopArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
     let members = chosen(members, flags.node.as_deref())?;
     let (count, coldest) = (flags.count, flags.coldest);
-    let answers = ask(&members, async |record| cache(&record)?.top(count, coldest).await).await;
-    let mut blocks: Vec<_> = answers
-        .iter()
-        .flat_map(|(record, blocks)| blocks.iter().map(move |block| (record, block)))
-        .collect();
-    blocks.sort_by(|(_, a), (_, b)| {
-        let order = b.worth.total_cmp(&a.worth);
-        if coldest { order.reverse() } else { order }
-    });
-    blocks.truncate(usize::try_from(count).unwrap_or(usize::MAX));
-    if format == Format::Json {
-        let blocks = blocks.iter().map(|(record, block)| {
-            json!({
-                "node": record.id,
-                "hash": block.hash,
-                "depth": block.depth,
-                "pins": block.pins,
-                "children": block.children,
-                "worth": block.worth,
-            })
+    let look = async || {
+        let answers = ask(&members, async |record| cache(&record)?.top(count, coldest).await).await;
+        let mut blocks: Vec<_> = answers
+            .iter()
+            .flat_map(|(record, blocks)| blocks.iter().map(move |block| (&record.id, block)))
+            .collect();
+        blocks.sort_by(|(_, a), (_, b)| {
+            let order = b.worth.total_cmp(&a.worth);
+            if coldest { order.reverse() } else { order }
         });
-        return output::print_json(&json!({ "blocks": blocks.collect::<Vec<_>>() }));
-    }
-    let mut table = output::table(&["NODE", "BLOCK", "DEPTH", "HELD BY", "CONTINUED BY", "WORTH"]);
-    for (record, block) in blocks {
-        table.add_row([
-            record.id.to_string(),
-            block.hash.to_string(),
-            block.depth.to_string(),
-            block.pins.to_string(),
-            block.children.to_string(),
-            format!("{:.3}", block.worth),
-        ]);
-    }
-    Ok(output::print_table(&table)?)
+        blocks.truncate(usize::try_from(count).unwrap_or(usize::MAX));
+        Ok(views::top(&blocks))
+    };
+    flags.watch.show(format, look).await
 }
 
 async fn locate(prompt: &Prompt, members: &[Reached], format: Format) -> anyhow::Result<()> {
@@ -172,36 +88,7 @@ async fn locate(prompt: &Prompt, members: &[Reached], format: Format) -> anyhow:
         cache(&record)?.locate(&prompt.chain).await
     })
     .await;
-    if format == Format::Json {
-        let nodes = answers.iter().map(|(record, located)| {
-            json!({
-                "id": record.id,
-                "held_blocks": located.held_blocks,
-                "held_tokens": located.held_blocks * prompt.block_tokens,
-                "used_blocks": located.used_blocks,
-                "worth": located.worth,
-            })
-        });
-        return output::print_json(&json!({
-            "blocks": prompt.chain.len(),
-            "hashes": prompt.chain,
-            "nodes": nodes.collect::<Vec<_>>(),
-        }));
-    }
-    let mut table = output::table(&["NODE", "HELD BLOCKS", "HELD TOKENS", "IN USE", "WORTH"]);
-    for (record, located) in &answers {
-        table.add_row([
-            record.id.to_string(),
-            format!("{}/{}", located.held_blocks, prompt.chain.len()),
-            (located.held_blocks * prompt.block_tokens).to_string(),
-            located.used_blocks.to_string(),
-            match located.held_blocks {
-                0 => "-".to_owned(),
-                _ => format!("{:.3}", located.worth),
-            },
-        ]);
-    }
-    Ok(output::print_table(&table)?)
+    format.print(&views::locate(prompt, &by_id(&answers)))
 }
 
 async fn pin(flags: &PinArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
@@ -218,16 +105,7 @@ async fn pin(flags: &PinArgs, members: &[Reached], format: Format) -> anyhow::Re
         let message = format!("{} holds nothing of this prompt", holder.id);
         return Err(Error::new(ErrorCode::NotFound, message).into());
     };
-    if format == Format::Json {
-        return output::print_json(&json!({ "node": holder.id, "pin_id": pin_id, "pinned_blocks": blocks }));
-    }
-    println!(
-        "{} keeps {blocks} of {} blocks: unpin with perigee cache unpin --node {} {pin_id}",
-        holder.id,
-        prompt.chain.len(),
-        holder.id
-    );
-    Ok(())
+    format.print(&views::pinned(&holder.id, pin_id, blocks, prompt.chain.len()))
 }
 
 async fn unpin(flags: &UnpinArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
@@ -236,47 +114,15 @@ async fn unpin(flags: &UnpinArgs, members: &[Reached], format: Format) -> anyhow
         let message = format!("{} has no pin {}", record.id, flags.pin_id);
         return Err(Error::new(ErrorCode::NotFound, message).into());
     }
-    if format == Format::Json {
-        return output::print_json(&json!({ "node": record.id, "pin_id": flags.pin_id, "unpinned": true }));
-    }
-    println!("unpinned {} of {}", flags.pin_id, record.id);
-    Ok(())
+    format.print(&views::unpinned(&record.id, flags.pin_id))
 }
 
-async fn pins(members: &[Reached], format: Format) -> anyhow::Result<()> {
-    let answers = ask(members, async |record| cache(&record)?.list_pins().await).await;
-    let pins = answers
-        .iter()
-        .flat_map(|(record, pins)| pins.iter().map(move |pin| (record, pin)));
-    let last = |pin: &client::PinnedChain| proto::convert::hash("hash", &pin.hash).unwrap_or_default();
-    if format == Format::Json {
-        let pins = pins.map(|(record, pin)| {
-            json!({
-                "node": record.id,
-                "pin_id": pin.pin_id,
-                "hash": last(pin),
-                "blocks": pin.blocks,
-                "ttl_ms": (pin.ttl_ms > 0).then_some(pin.ttl_ms),
-                "replicas_min": pin.replicas_min,
-            })
-        });
-        return output::print_json(&json!({ "pins": pins.collect::<Vec<_>>() }));
-    }
-    let mut table = output::table(&["NODE", "PIN", "LAST BLOCK", "BLOCKS", "REPLICAS", "ENDS IN"]);
-    for (record, pin) in pins {
-        table.add_row([
-            record.id.to_string(),
-            pin.pin_id.to_string(),
-            last(pin).to_string(),
-            pin.blocks.to_string(),
-            pin.replicas_min.to_string(),
-            match pin.ttl_ms {
-                0 => "-".to_owned(),
-                ttl => humantime::format_duration(Duration::from_secs(ttl.div_ceil(1000))).to_string(),
-            },
-        ]);
-    }
-    Ok(output::print_table(&table)?)
+async fn pins(watch: Watch, members: &[Reached], format: Format) -> anyhow::Result<()> {
+    let look = async || {
+        let answers = ask(members, async |record| cache(&record)?.list_pins().await).await;
+        Ok(views::pins(&by_id(&answers)))
+    };
+    watch.show(format, look).await
 }
 
 async fn evict(flags: &EvictArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
@@ -295,17 +141,7 @@ async fn evict(flags: &EvictArgs, members: &[Reached], format: Format) -> anyhow
     }
     let chain = prompt.as_ref().map(|prompt| &prompt.chain[..]);
     let answers = ask(&members, async |record| cache(&record)?.evict(chain).await).await;
-    if format == Format::Json {
-        let nodes = answers
-            .iter()
-            .map(|(record, (evicted, kept))| json!({ "id": record.id, "evicted_blocks": evicted, "kept_blocks": kept }));
-        return output::print_json(&json!({ "nodes": nodes.collect::<Vec<_>>() }));
-    }
-    let mut table = output::table(&["NODE", "EVICTED", "KEPT"]);
-    for (record, (evicted, kept)) in &answers {
-        table.add_row([record.id.to_string(), evicted.to_string(), kept.to_string()]);
-    }
-    Ok(output::print_table(&table)?)
+    format.print(&views::evicted(&by_id(&answers)))
 }
 
 async fn warm(flags: &WarmArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
@@ -334,28 +170,18 @@ async fn warm(flags: &WarmArgs, members: &[Reached], format: Format) -> anyhow::
         .await;
     bar.finish_and_clear();
     let (held, bytes) = warmed?;
-    if format == Format::Json {
-        return output::print_json(&json!({
-            "from": from.id,
-            "to": to.id,
-            "held_blocks": held,
-            "fetched_bytes": bytes,
-        }));
-    }
-    println!(
-        "{} holds {held} of {} blocks, {} fetched from {}",
-        to.id,
+    format.print(&views::warmed(
+        (&from.id, &to.id),
+        held,
         prompt.chain.len(),
-        output::bytes(bytes),
-        from.id
-    );
-    Ok(())
+        bytes,
+    ))
 }
 
 async fn verify(node: Option<&str>, members: &[Reached], format: Format) -> anyhow::Result<()> {
     let members = chosen(members, node)?;
     let bar = output::step_bar("verify");
-    let mut nodes: Vec<(String, client::Verification)> = Vec::new();
+    let mut nodes: Vec<(NodeId, client::Verification)> = Vec::new();
     for record in &members {
         bar.set_message(record.id.to_string());
         let mut stream = cache(record)?.verify().await?;
@@ -365,32 +191,11 @@ async fn verify(node: Option<&str>, members: &[Reached], format: Format) -> anyh
             bar.set_position(part.verified_blocks);
             last = part;
         }
-        nodes.push((record.id.to_string(), last));
+        nodes.push((record.id.clone(), last));
     }
     bar.finish_and_clear();
     let corrupt: u64 = nodes.iter().map(|(_, found)| found.corrupt_blocks).sum();
-    if format == Format::Json {
-        let nodes = nodes.iter().map(|(id, found)| {
-            json!({
-                "id": id,
-                "verified_blocks": found.verified_blocks,
-                "corrupt_blocks": found.corrupt_blocks,
-                "dropped_blocks": found.dropped_blocks,
-            })
-        });
-        output::print_json(&json!({ "nodes": nodes.collect::<Vec<_>>() }))?;
-    } else {
-        let mut table = output::table(&["NODE", "VERIFIED", "CORRUPT", "DROPPED"]);
-        for (id, found) in &nodes {
-            table.add_row([
-                id.clone(),
-                found.verified_blocks.to_string(),
-                found.corrupt_blocks.to_string(),
-                found.dropped_blocks.to_string(),
-            ]);
-        }
-        output::print_table(&table)?;
-    }
+    format.print(&views::verified(&nodes))?;
     if corrupt > 0 {
         let message =
             format!("{corrupt} cached blocks were corrupt and are dropped: test the memory of their nodes");
@@ -420,6 +225,11 @@ async fn ask<T>(
     good
 }
 
+/// What the nodes said, by their names.
+fn by_id<T>(answers: &[(Reached, T)]) -> Vec<(&NodeId, &T)> {
+    answers.iter().map(|(record, said)| (&record.id, said)).collect()
+}
+
 /// A client of the node's cache.
 fn cache(record: &Reached) -> Result<Cache, Error> {
     let channel = record.channel()?;
@@ -428,7 +238,7 @@ fn cache(record: &Reached) -> Result<Cache, Error> {
 }
 
 /// The nodes that have pools.
-async fn members(router: &Router) -> anyhow::Result<Vec<Reached>> {
+pub(crate) async fn members(router: &Router) -> anyhow::Result<Vec<Reached>> {
     let status = router.inference()?.cluster_status().await?;
     let records = status.nodes.into_iter().map(|node| node.record);
     let with_pools = records.filter(nodes::has_pool);
@@ -470,9 +280,4 @@ fn confirm(what: &str) -> anyhow::Result<()> {
         "yes" => Ok(()),
         _ => Err(Error::invalid("yes", "not confirmed, nothing was done").into()),
     }
-}
-
-/// A number of things that a JSON document says.
-fn count_json(imported: u64, held: u64, node: &Reached) -> Value {
-    json!({ "node": node.id, "imported_blocks": imported, "held_blocks": held })
 }

@@ -9,11 +9,12 @@ use rustyline::{Config, Editor};
 
 use crate::arguments::ChatArgs;
 use crate::generate::{self, Generated};
-use crate::output::{self, Format};
+use crate::output::{Format, View};
 use crate::reach::Router;
 
 /// Reads messages and prints answers until the input ends.
 pub(crate) async fn run(arguments: ChatArgs, router: &Router, format: Format) -> anyhow::Result<()> {
+    format.without_names()?;
     let mut editor: Editor<(), MemHistory> = Editor::with_history(Config::default(), MemHistory::new())?;
     let mut messages: Vec<v1::ChatMessage> = Vec::new();
     messages.extend(arguments.system.iter().map(|system| message("system", system)));
@@ -53,7 +54,7 @@ async fn answer(
     messages: &[v1::ChatMessage],
 ) -> anyhow::Result<Generated> {
     let request = v1::GenerateRequest {
-        model: arguments.model.clone(),
+        model: router.model_or_own(&arguments.model),
         input: Some(v1::generate_request::Input::Chat(v1::ChatMessages {
             messages: messages.to_vec(),
         })),
@@ -62,19 +63,15 @@ async fn answer(
     };
     let mut out = std::io::stdout();
     let generated = generate::stream(router, request, |text| {
-        if format == Format::Text {
+        if format.streams_text() {
             write!(out, "{text}")?;
             out.flush()?;
         }
         Ok(())
     })
     .await?;
-    match format {
-        Format::Text => println!(),
-        Format::Json => {
-            output::print_json(&serde_json::json!({ "role": "assistant", "content": generated.text }))?
-        }
-    }
+    let document = serde_json::json!({ "role": "assistant", "content": generated.text });
+    format.print_next(&View::line(document, ""))?;
     let usage = &generated.usage;
     let report = &generated.report;
     eprintln!(

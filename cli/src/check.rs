@@ -20,15 +20,17 @@ use std::time::{Instant, SystemTime};
 use client::TransferMover;
 use futures::{StreamExt, stream};
 use node::config::Loaded;
-use node::{ApiKey, Tls, task, tls};
+use node::{Tls, task, tls};
 use serde::Serialize;
 use serde_json::json;
 use transfer::{TcpTransport, Transport};
 use types::{Epoch, Error, HostFacts, NodeRecord};
 
-use crate::arguments::CheckArgs;
+use crate::arguments::{CheckArgs, SettingFlags};
+use crate::context::Target;
+use crate::door::Door;
 use crate::nodes::{self, Answered};
-use crate::output::{self, Format};
+use crate::output::{Format, Tone, View, paint};
 use crate::reach::Router;
 use crate::settings::{self, Settings};
 
@@ -136,14 +138,14 @@ fn merge(findings: Vec<Finding>) -> Vec<Finding> {
 /// Checks, prints, and fails with [`Unhealthy`] where something is wrong.
 pub(crate) async fn run(
     arguments: CheckArgs,
-    address: &str,
-    key: Option<&ApiKey>,
+    target: impl Fn() -> anyhow::Result<Target>,
     format: Format,
 ) -> anyhow::Result<()> {
+    format.without_names()?;
     let findings = if arguments.pre {
         before(&arguments).await?
     } else {
-        of_cluster(&arguments, address, key).await?
+        of_cluster(&arguments, &target()?).await?
     };
     conclude(findings, format)
 }
@@ -151,42 +153,70 @@ pub(crate) async fn run(
 /// Prints what was found, and fails with [`Unhealthy`] where something is wrong.
 fn conclude(findings: Vec<Finding>, format: Format) -> anyhow::Result<()> {
     let findings = merge(findings);
-    let failed = count(&findings, Level::Failed);
-    match format {
-        Format::Json => output::print_json(&json!({ "healthy": failed == 0, "findings": findings }))?,
-        Format::Text => print!("{}", text(&findings)),
+    format.print(&view(&findings))?;
+    match count(&findings, Level::Failed) {
+        0 => Ok(()),
+        failed => Err(Unhealthy {
+            failed,
+            total: findings.len(),
+        }
+        .into()),
     }
-    if failed > 0 {
-        let total = findings.len();
-        return Err(Unhealthy { failed, total }.into());
-    }
-    Ok(())
+}
+
+/// What is to be said of the cluster, with the settings of this environment.
+pub(crate) async fn look(target: &Target, settings: &SettingFlags) -> anyhow::Result<View> {
+    let arguments = CheckArgs {
+        pre: false,
+        chat: ChatFlags::default(),
+        settings: settings.clone(),
+    };
+    Ok(view(&merge(of_cluster(&arguments, target).await?)))
 }
 
 fn count(findings: &[Finding], level: Level) -> usize {
     findings.iter().filter(|finding| finding.level == level).count()
 }
 
+fn view(findings: &[Finding]) -> View {
+    let healthy = count(findings, Level::Failed) == 0;
+    let document = json!({ "healthy": healthy, "findings": findings });
+    View::new(document, |_| text(findings))
+}
+
 fn text(findings: &[Finding]) -> String {
-    let (mut text, mut group) = (String::new(), "");
+    let mut text = String::new();
+    let mut push = |line: &str| {
+        text.push_str(line);
+        text.push('\n');
+    };
+    let mut group = "";
     for finding in findings {
         if finding.group != group {
             group = finding.group;
-            text += &format!("{group}\n");
+            push(group);
         }
         let mark = match finding.level {
-            Level::Passed => '√',
-            Level::Warning => '‼',
-            Level::Failed => '×',
+            Level::Passed => paint(Tone::Good, "√"),
+            Level::Warning => paint(Tone::Warning, "‼"),
+            Level::Failed => paint(Tone::Bad, "×"),
         };
-        text += &format!("{mark} {}{}\n", subjects(&finding.subjects), finding.message);
+        push(&format!(
+            "{mark} {}{}",
+            subjects(&finding.subjects),
+            finding.message
+        ));
         if !finding.hint.is_empty() {
-            text += &format!("    hint: {}\n", finding.hint);
+            push(&format!("    hint: {}", finding.hint));
         }
     }
-    let [failed, warnings, passed] =
-        [Level::Failed, Level::Warning, Level::Passed].map(|level| count(findings, level));
-    text + &format!("\n{failed} failed, {warnings} warnings, {passed} passed\n")
+    push(&format!(
+        "\n{} failed, {} warnings, {} passed",
+        count(findings, Level::Failed),
+        count(findings, Level::Warning),
+        count(findings, Level::Passed)
+    ));
+    text
 }
 
 /// `a, b: `, or nothing.
@@ -201,33 +231,21 @@ fn subjects(subjects: &[String]) -> String {
 }
 
 /// Checks the cluster, by what this machine needs to reach it first.
-async fn of_cluster(
-    arguments: &CheckArgs,
-    address: &str,
-    key: Option<&ApiKey>,
-) -> anyhow::Result<Vec<Finding>> {
-    let settings = settings::load_for_command(&arguments.settings)?.value.tls;
+async fn of_cluster(arguments: &CheckArgs, target: &Target) -> anyhow::Result<Vec<Finding>> {
+    let settings = target.tls_or(settings::load_for_command(&arguments.settings)?.value.tls);
     let (tls, mut findings) = own_certificate(&settings);
     if tls.is_none() && settings.is_on() {
         return Ok(findings);
     }
-    findings.extend(of_members(&settings, tls, address, key).await?.0);
-    findings.extend(of_chat(&arguments.chat, &settings, key).await?);
+    let router = Router::with_tls(&target.address, tls, target.key.as_ref());
+    findings.extend(of_members(&router).await?.0);
+    findings.extend(of_chat(&arguments.chat, settings, &router).await?);
     Ok(findings)
 }
 
-/// Asks the router and its nodes; also gives the nodes. There are none where `[tls]` cannot be used, since nobody can be asked without it.
-async fn of_members(
-    settings: &tls::Config,
-    tls: Option<Tls>,
-    address: &str,
-    key: Option<&ApiKey>,
-) -> anyhow::Result<(Vec<Finding>, Vec<NodeRecord>)> {
-    if tls.is_none() && settings.is_on() {
-        return Ok((Vec::new(), Vec::new()));
-    }
-    let router = Router::with_tls(address, tls, key);
-    let answers = ask(&router).await?;
+/// Asks the router and its nodes; also gives the nodes.
+async fn of_members(router: &Router) -> anyhow::Result<(Vec<Finding>, Vec<NodeRecord>)> {
+    let answers = ask(router).await?;
     let mut findings = match router.tls() {
         Some(tls) => certificates_of(tls, &answers.nodes).await,
         None => Vec::new(),
@@ -238,12 +256,12 @@ async fn of_members(
 }
 
 /// Sends a chat request, if one is wanted.
-async fn of_chat(flags: &ChatFlags, settings: &tls::Config, key: Option<&ApiKey>) -> anyhow::Result<Option<Finding>> {
+async fn of_chat(flags: &ChatFlags, settings: tls::Config, router: &Router) -> anyhow::Result<Option<Finding>> {
     let Some(url) = &flags.chat else {
         return Ok(None);
     };
     let (asked, tokens) = (url.clone(), flags.chat_tokens);
-    let door = chat::Door::new(settings.clone(), key);
+    let door = Door::new(settings, router.key());
     let answer = task::blocking("chat", move || chat::ask(&asked, &door, tokens)).await?;
     Ok(Some(chat::judge(url, &answer)))
 }

@@ -9,7 +9,7 @@ use proto::v1;
 use crate::arguments::{DemoArgs, SettingFlags, UpArgs};
 use crate::chat::message;
 use crate::generate::{self, Generated};
-use crate::output::{self, Format};
+use crate::output::{self, Format, View};
 use crate::reach::Router;
 use crate::up::Cluster;
 
@@ -30,6 +30,7 @@ const ANSWER_TOKENS_MAX: u64 = 64;
 
 /// Starts the cluster, runs the requests, prints, and ends the cluster, also where a request failed.
 pub(crate) async fn run(arguments: DemoArgs, key: Option<&ApiKey>, format: Format) -> anyhow::Result<()> {
+    format.without_names()?;
     // A decode node would prefill the short turns by itself, which is quicker on one machine and shows less.
     let disaggregate = "router.local_prefill_tokens_max=0".to_owned();
     let up = UpArgs {
@@ -59,11 +60,12 @@ pub(crate) async fn run(arguments: DemoArgs, key: Option<&ApiKey>, format: Forma
     };
     cluster.stop().await?;
     let served = result?;
-    match format {
-        Format::Text => table(&served)?,
-        Format::Json => output::print_json(&served.iter().map(Served::to_json).collect::<Vec<_>>())?,
-    }
-    Ok(())
+    format.print(&view(&served))
+}
+
+fn view(served: &[Served]) -> View {
+    let document = served.iter().map(Served::to_json).collect();
+    View::new(document, |_| table(served))
 }
 
 /// A request that was served, with its name in the table.
@@ -107,7 +109,7 @@ async fn requests(router: &Router, format: Format) -> anyhow::Result<Vec<Served>
 }
 
 fn heading(format: Format, text: &str) {
-    if format == Format::Text {
+    if format.streams_text() {
         println!("\n== {text} ==");
     }
 }
@@ -129,25 +131,24 @@ async fn ask(
         ..v1::GenerateRequest::default()
     };
     let mut out = std::io::stdout();
-    if format == Format::Text {
+    if format.streams_text() {
         write!(out, "\n> {question}\n")?;
     }
     let generated = generate::stream(router, request, |text| {
-        if format == Format::Text {
+        if format.streams_text() {
             write!(out, "{text}")?;
             out.flush()?;
         }
         Ok(())
     })
     .await?;
-    if format == Format::Text {
+    if format.streams_text() {
         writeln!(out)?;
     }
     Ok(generated)
 }
 
-fn table(served: &[Served]) -> anyhow::Result<()> {
-    println!();
+fn table(served: &[Served]) -> String {
     let mut table = output::table(&[
         "REQUEST",
         "PROMPT",
@@ -174,5 +175,21 @@ fn table(served: &[Served]) -> anyhow::Result<()> {
             format!("{:.1} ms", report.tbt_mean_ms),
         ]);
     }
-    Ok(output::print_table(&table)?)
+    format!("\n{}", output::table_text(&table))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generate::tests::generated;
+    use crate::output::golden;
+
+    #[test]
+    fn each_request_is_a_row_with_where_it_ran() {
+        let served = Served {
+            name: "turn 1".into(),
+            generated: generated(),
+        };
+        golden::check("demo", &view(&[served]));
+    }
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use types::FinishReason;
 
 use crate::arguments::{GenerateArgs, SamplingArgs};
-use crate::output::{self, Format};
+use crate::output::{Format, View};
 use crate::reach::Router;
 
 /// A prompt from stdin larger than this is no prompt.
@@ -20,6 +20,7 @@ const DEADLINE: Duration = Duration::from_secs(600);
 
 /// Generates and prints.
 pub(crate) async fn run(arguments: GenerateArgs, router: &Router, format: Format) -> anyhow::Result<()> {
+    format.without_names()?;
     let prompt = match arguments.prompt.as_str() {
         "-" => {
             let mut text = String::new();
@@ -43,7 +44,7 @@ pub(crate) async fn run(arguments: GenerateArgs, router: &Router, format: Format
         v1::generate_request::Input::Prompt(prompt)
     };
     let request = v1::GenerateRequest {
-        model: arguments.model,
+        model: router.model_or_own(&arguments.model),
         input: Some(input),
         sampling: Some(v1::Sampling {
             ignore_eos: arguments.ignore_eos,
@@ -55,18 +56,15 @@ pub(crate) async fn run(arguments: GenerateArgs, router: &Router, format: Format
     };
     let mut out = std::io::stdout();
     let generated = stream(router, request, |text| {
-        if format == Format::Text {
+        if format.streams_text() {
             write!(out, "{text}")?;
             out.flush()?;
         }
         Ok(())
     })
     .await?;
-    match format {
-        Format::Text => println!(),
-        Format::Json => output::print_json(&generated.to_json())?,
-    }
-    Ok(())
+    // The text was printed as it came, but for the end of its last line.
+    format.print_next(&View::line(generated.to_json(), ""))
 }
 
 /// A finished generation.
@@ -161,4 +159,39 @@ pub(crate) async fn stream(
         }
     }
     Err(types::Error::internal("the stream went on after its end").into())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::output::golden;
+
+    /// A generation that went from a prefill to a decode node.
+    pub(crate) fn generated() -> Generated {
+        Generated {
+            text: "Paris.".into(),
+            tokens: vec![3, 1, 4],
+            reason: FinishReason::Stop,
+            usage: v1::Usage {
+                prompt_tokens: 300,
+                completion_tokens: 3,
+                cached_tokens: 64,
+            },
+            report: v1::RequestReport {
+                prefill_node: "prefill-0".into(),
+                decode_node: "decode-1".into(),
+                handoff_bytes: 3 << 20,
+                transport: "tcp".into(),
+                ttft_ms: 41.5,
+                tbt_mean_ms: 12.5,
+                placements: 1,
+                ..v1::RequestReport::default()
+            },
+        }
+    }
+
+    #[test]
+    fn a_generation_is_a_document_with_its_report() {
+        golden::check("generate", &View::line(generated().to_json(), ""));
+    }
 }

@@ -10,7 +10,7 @@ use router::access::keys::{self, KeyRole, Keys};
 use serde_json::json;
 use types::Error;
 
-use crate::output::{self, Format};
+use crate::output::{Format, View};
 
 /// Nobody guesses one of 2^256, so that a fast hash of it is as good as a slow one.
 const SECRET_BYTES: usize = 32;
@@ -52,16 +52,20 @@ fn new(flags: &NewArgs, format: Format) -> anyhow::Result<()> {
     let mut secret = [0; SECRET_BYTES];
     getrandom::fill(&mut secret)
         .map_err(|error| Error::internal(format!("the system gives no random numbers: {error}")))?;
+    format.without_names()?;
     let made = make(&secret, flags, SystemTime::now())?;
-    if format == Format::Json {
-        return output::print_json(&json!({ "key": made.key, "line": made.line }));
+    format.print(&view(&made))?;
+    if format.streams_text() {
+        eprintln!(
+            "perigee: the first line is the key, which is shown this once; the second goes into router.api_keys_file"
+        );
     }
-    println!("{}", made.key);
-    println!("{}", made.line);
-    eprintln!(
-        "perigee: the first line is the key, which is shown this once; the second goes into router.api_keys_file"
-    );
     Ok(())
+}
+
+fn view(made: &Made) -> View {
+    let document = json!({ "key": made.key, "line": made.line });
+    View::line(document, format!("{}\n{}", made.key, made.line))
 }
 
 #[derive(Debug)]
@@ -102,6 +106,7 @@ mod tests {
     use std::time::UNIX_EPOCH;
 
     use super::*;
+    use crate::output::golden;
 
     fn flags(tenant: Option<&str>, expires_in: Option<Duration>) -> NewArgs {
         NewArgs {
@@ -136,6 +141,7 @@ mod tests {
         let keys = Keys::parse(&made.line).expect("a line of the file");
         let entry = keys.find(&made.key).expect("known");
         assert_eq!((entry.tenant.as_str(), entry.role), ("", KeyRole::Admin));
+        golden::check("key-new", &view(&made));
     }
 
     #[test]

@@ -8,9 +8,14 @@ mod bench;
 mod cache;
 mod chat;
 mod check;
+mod context;
+mod debug;
 mod demo;
+mod door;
 mod generate;
 mod key;
+mod manual;
+mod models;
 mod node_admin;
 mod nodes;
 mod output;
@@ -23,6 +28,7 @@ mod settings;
 mod sim;
 mod status;
 mod top;
+mod tenants;
 mod transfers;
 mod up;
 
@@ -32,7 +38,6 @@ use clap::Parser;
 use types::ErrorCode;
 
 use arguments::{Arguments, Command, ModelCommand, TransferCommand};
-use reach::Router;
 
 /// A router makes and drops hundreds of small values per request, in whichever thread: that is what this allocator is for.
 #[global_allocator]
@@ -56,11 +61,18 @@ fn main() -> ExitCode {
     };
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads what is printed, such as `head`, has seen enough.
+        Err(error) if is_closed(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("perigee: {error:#}");
             ExitCode::from(exit_code(&error))
         }
     }
+}
+
+fn is_closed(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<std::io::Error>();
+    error.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// The exit code of the first cause that knows its kind.
@@ -82,12 +94,12 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 fn run(arguments: Arguments) -> anyhow::Result<()> {
     let Arguments {
         output,
-        router: address,
-        api_key,
+        cluster,
         command,
     } = arguments;
-    let key = api_key.as_ref();
-    let router = || Router::new(&address, key);
+    let key = cluster.api_key.as_ref();
+    let target = || cluster.target();
+    let router = || target()?.router();
     match command {
         Command::Router(flags) => roles::run(types::Role::Router, &flags),
         Command::Prefill(flags) => roles::run(types::Role::Prefill, &flags),
@@ -98,23 +110,30 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Chat(flags) => block_on(chat::run(flags, &router()?, output)),
         Command::Generate(flags) => block_on(generate::run(flags, &router()?, output)),
         Command::Bench(flags) => block_on(bench::run(flags, &router()?, output)),
-        Command::Status => block_on(status::cluster(&router()?, output)),
         Command::Top(flags) => block_on(top::run(flags, &router()?, output)),
-        Command::Check(flags) => block_on(check::run(flags, &address, key, output)),
-        Command::Doctor(flags) => block_on(check::examine(flags, &address, key, output)),
-        Command::Transfer(TransferCommand::List) => block_on(transfers::list(&router()?, output)),
+        Command::Doctor(flags) => block_on(check::examine(flags, &target()?, output)),
+        Command::Status(watch) => block_on(status::cluster(watch, &router()?, output)),
+        Command::Check(flags) => block_on(check::run(flags, target, output)),
+        Command::Transfer(TransferCommand::List(watch)) => {
+            block_on(transfers::list(watch, &router()?, output))
+        }
         Command::Transfer(TransferCommand::Test(flags)) => {
             block_on(transfers::test(flags, &router()?, output))
         }
         Command::Cache(command) => block_on(cache::run(command, &router()?, output)),
+        Command::Tenant(command) => block_on(tenants::run(command, &router()?, output)),
         Command::Route(command) => block_on(route::run(command, &router()?, output)),
         Command::Request(command) => block_on(requests::run(command, &router()?, output)),
         Command::Sim(command) => sim::run(command, output),
         Command::Node(command) => block_on(node_admin::run(command, &router()?, output)),
         Command::Model(ModelCommand::Pull(flags)) => pull::pull(&flags, output),
-        Command::Model(ModelCommand::List) => pull::list(output),
+        Command::Model(ModelCommand::List(watch)) => block_on(models::list(watch, &router()?, output)),
         Command::Key(command) => key::run(command, output),
-        Command::Config(flags) => settings::show(&flags, output),
+        Command::Config(flags) => settings::run(&flags, output),
+        Command::Context(command) => context::run(command, &cluster, output),
+        Command::Debug(command) => block_on(debug::run(command, &target()?, output)),
+        Command::Completions(flags) => manual::completions(&flags),
+        Command::Man(flags) => manual::run(&flags),
     }
 }
 

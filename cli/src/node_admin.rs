@@ -6,7 +6,7 @@
 mod drain;
 mod flip;
 mod log_level;
-mod show;
+pub(crate) mod show;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -15,7 +15,7 @@ use serde_json::json;
 use types::{Error, ErrorCode, NodeId, NodeRecord};
 
 use crate::arguments::{NodeCommand, NodeTarget, SettingFlags};
-use crate::output::{self, Format};
+use crate::output::{Format, View};
 use crate::reach::Router;
 use crate::settings::{self, NodeSettings};
 use crate::status;
@@ -23,8 +23,8 @@ use crate::status;
 /// Runs one of the commands.
 pub(crate) async fn run(command: NodeCommand, router: &Router, format: Format) -> anyhow::Result<()> {
     match command {
-        NodeCommand::List => status::nodes(router, format).await,
-        NodeCommand::Show { node } => show::run(&node, router, format).await,
+        NodeCommand::List(watch) => status::nodes(watch, router, format).await,
+        NodeCommand::Show { node, watch } => show::run(&node, watch, router, format).await,
         NodeCommand::Drain(flags) => drain::run(&flags, router, format).await,
         NodeCommand::Cordon(target) => cordon(&target, router, format).await,
         NodeCommand::Resume(target) => resume(&target, router, format).await,
@@ -36,21 +36,27 @@ pub(crate) async fn run(command: NodeCommand, router: &Router, format: Format) -
 async fn cordon(target: &NodeTarget, router: &Router, format: Format) -> anyhow::Result<()> {
     let (node, id) = named(target, router).await?;
     node.cordon().await?;
-    if format == Format::Json {
-        return output::print_json(&json!({ "node": id, "state": "cordoned" }));
-    }
-    println!("{id} is cordoned: perigee node resume {id} ends that");
-    Ok(())
+    format.print(&cordoned(&id))
+}
+
+fn cordoned(id: &NodeId) -> View {
+    let document = json!({ "node": id, "state": "cordoned" });
+    View::line(
+        document,
+        format!("{id} is cordoned: perigee node resume {id} ends that"),
+    )
+    .named([id])
 }
 
 async fn resume(target: &NodeTarget, router: &Router, format: Format) -> anyhow::Result<()> {
     let (node, id) = named(target, router).await?;
     node.resume().await?;
-    if format == Format::Json {
-        return output::print_json(&json!({ "node": id, "state": "ready" }));
-    }
-    println!("{id} takes requests");
-    Ok(())
+    format.print(&resumed(&id))
+}
+
+fn resumed(id: &NodeId) -> View {
+    let document = json!({ "node": id, "state": "ready" });
+    View::line(document, format!("{id} takes requests")).named([id])
 }
 
 /// The node that is meant, and its name.

@@ -3,7 +3,7 @@
 //! Invariant: a file appears under its final name only when it is whole and its sha256, where one is known, is right.
 //! What was downloaded before an interruption is kept as `.partial` and resumed. One pull works in a folder at a time.
 
-mod catalogue;
+pub(crate) mod catalogue;
 mod hub;
 mod pypi;
 
@@ -16,7 +16,7 @@ use clap::Args;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::output::{self, Format};
+use crate::output::{self, Format, View};
 
 /// In the folder of the models; stays there, since whoever waits for it has opened it.
 const LOCK: &str = ".pull.lock";
@@ -44,23 +44,6 @@ struct Pulled {
     downloaded: bool,
 }
 
-/// Lists the catalogue.
-pub(crate) fn list(format: Format) -> anyhow::Result<()> {
-    if format == Format::Json {
-        return output::print_json(&catalogue::MODELS);
-    }
-    let mut table = output::table(&["NAME", "SIZE", "SOURCE", "LICENCE"]);
-    for model in catalogue::MODELS {
-        table.add_row([
-            model.name.to_owned(),
-            output::bytes(model.bytes),
-            format!("PyPI {} {}", model.package, model.version),
-            model.licence.to_owned(),
-        ]);
-    }
-    Ok(output::print_table(&table)?)
-}
-
 /// Gets a model and prints where it lies.
 pub(crate) fn pull(args: &PullArgs, format: Format) -> anyhow::Result<()> {
     fs::create_dir_all(&args.to).with_context(|| format!("create {}", args.to.display()))?;
@@ -86,13 +69,15 @@ pub(crate) fn pull(args: &PullArgs, format: Format) -> anyhow::Result<()> {
             )
         ));
     };
-    if format == Format::Json {
-        return output::print_json(&pulled);
-    }
-    for file in &pulled {
-        println!("{}", file.path.display());
-    }
-    Ok(())
+    format.print(&view(&pulled)?)
+}
+
+fn view(pulled: &[Pulled]) -> anyhow::Result<View> {
+    let paths = || pulled.iter().map(|file| file.path.display());
+    let view = View::new(serde_json::to_value(pulled)?, |_| {
+        paths().map(|path| format!("{path}\n")).collect()
+    });
+    Ok(view.named(paths()))
 }
 
 /// Waits until no other pull works in this folder: machines that share it may start at the same time, and would write into each other's
@@ -184,6 +169,18 @@ fn present(path: &Path, expected: Option<&str>) -> anyhow::Result<Option<Pulled>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::output::golden;
+
+    #[test]
+    fn a_pull_says_where_the_files_lie() {
+        let pulled = Pulled {
+            path: "models/tiny.gguf".into(),
+            bytes: 4096,
+            sha256: "00aa".into(),
+            downloaded: true,
+        };
+        golden::check("model-pull", &view(&[pulled]).expect("JSON"));
+    }
 
     #[test]
     fn a_pull_waits_for_another_in_its_folder() {

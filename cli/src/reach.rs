@@ -18,6 +18,8 @@ pub(crate) struct Router {
     address: String,
     connector: Connector,
     key: Option<ApiKey>,
+    /// Model that is meant where a command names none. Empty: the router's.
+    model: String,
 }
 
 /// What client commands read of the settings. Other sections are the roles' business.
@@ -32,7 +34,7 @@ struct ClientSettings {
 /// # Errors
 ///
 /// The file cannot be read, or the section makes no sense.
-fn tls_settings() -> anyhow::Result<tls::Config> {
+pub(crate) fn tls_settings() -> anyhow::Result<tls::Config> {
     let file = std::env::var_os(CONFIG_VARIABLE).map(PathBuf::from);
     let loaded = node::config::load::<ClientSettings>(file.as_deref(), Vec::new())?;
     Ok(loaded.value.tls)
@@ -47,21 +49,29 @@ pub(crate) fn load_tls(settings: &tls::Config) -> Result<Option<Tls>, Error> {
 }
 
 impl Router {
-    /// The router at `address`, with `[tls]` and this key.
-    ///
-    /// # Errors
-    ///
-    /// The settings or the certificates cannot be used.
-    pub(crate) fn new(address: &str, key: Option<&ApiKey>) -> anyhow::Result<Self> {
-        Ok(Self::with_tls(address, load_tls(&tls_settings()?)?, key))
-    }
-
     /// The router at `address`, with these certificates and this key.
     pub(crate) fn with_tls(address: &str, tls: Option<Tls>, key: Option<&ApiKey>) -> Self {
         Self {
             address: address.to_owned(),
             connector: Connector::new(tls),
             key: key.cloned(),
+            model: String::new(),
+        }
+    }
+
+    /// Means this model where a command names none.
+    pub(crate) fn with_model(self, model: &str) -> Self {
+        Self {
+            model: model.to_owned(),
+            ..self
+        }
+    }
+
+    /// `model`, or the one that is meant where that is empty.
+    pub(crate) fn model_or_own(&self, model: &str) -> String {
+        match model {
+            "" => self.model.clone(),
+            model => model.to_owned(),
         }
     }
 

@@ -8,9 +8,9 @@ use clap::Subcommand;
 use client::{PlacementTimeline, RequestTimeline, Requests, TimelineSpan};
 use comfy_table::Table;
 use serde_json::{Value, json};
-use types::RequestId;
+use types::{ErrorCode, RequestId};
 
-use crate::output::{self, Format};
+use crate::output::{self, Columns, Format, Tone, View, Watch, or_dash, paint};
 use crate::reach::Router;
 
 /// `perigee request`.
@@ -24,11 +24,15 @@ pub(crate) enum RequestCommand {
         /// Most requests to list.
         #[arg(long, default_value = "20", value_name = "COUNT")]
         count: NonZeroU32,
+        #[command(flatten)]
+        watch: Watch,
     },
     /// Show what is known of a request
     Show {
         /// Its id, as `x-request-id` and `request list` tell it.
         id: String,
+        #[command(flatten)]
+        watch: Watch,
     },
     /// Show where a request's time went, as a waterfall
     Trace {
@@ -50,27 +54,35 @@ pub(crate) enum RequestCommand {
 pub(crate) async fn run(command: RequestCommand, router: &Router, format: Format) -> anyhow::Result<()> {
     let requests = Requests::new(router.channel()?);
     match command {
-        RequestCommand::List { running, count } => {
-            list(&requests.list(running, Some(count.get())).await?, format)
+        RequestCommand::List {
+            running,
+            count,
+            watch,
+        } => {
+            let look = async || Ok(list_view(&requests.list(running, Some(count.get())).await?));
+            watch.show(format, look).await
         }
-        RequestCommand::Show { id } => {
-            let found = requests.show(read_id(&id)?).await?;
-            print_each(&found, format, |request| output::table_text(&of_request(request)))
+        RequestCommand::Show { id, watch } => {
+            let id = read_id(&id)?;
+            let text = |request: &RequestTimeline| output::table_text(&of_request(request));
+            let look = async || Ok(show_view(&requests.show(id).await?, text));
+            watch.show(format, look).await
         }
         RequestCommand::Trace { id, width } => {
             let found = requests.show(read_id(&id)?).await?;
-            print_each(&found, format, |request| waterfall::text(request, width))
+            format.print(&show_view(&found, |request| waterfall::text(request, width)))
         }
         RequestCommand::Cancel { id } => {
             let id = read_id(&id)?;
             let count = requests.cancel(id).await?;
-            if format == Format::Json {
-                return output::print_json(&json!({ "request_id": id.to_string(), "cancelled": count }));
-            }
-            println!("request {id} is cancelled");
-            Ok(())
+            format.print(&cancelled(id, count))
         }
     }
+}
+
+fn cancelled(id: RequestId, count: u32) -> View {
+    let document = json!({ "request_id": id.to_string(), "cancelled": count });
+    View::line(document, format!("request {id} is cancelled")).named([id])
 }
 
 /// An id as it is shown, or as a UUID.
@@ -78,41 +90,50 @@ fn read_id(text: &str) -> Result<RequestId, types::Error> {
     proto::convert::request_id(&text.replace('-', ""))
 }
 
-fn list(requests: &[RequestTimeline], format: Format) -> anyhow::Result<()> {
-    if format == Format::Json {
-        let requests: Vec<Value> = requests.iter().map(|request| to_json(request, false)).collect();
-        return output::print_json(&json!({ "requests": requests }));
-    }
-    Ok(output::print_table(&of_requests(requests))?)
+/// Requests, one per line.
+pub(crate) fn list_view(requests: &[RequestTimeline]) -> View {
+    let documents: Vec<Value> = requests.iter().map(|request| to_json(request, false)).collect();
+    let view = View::new(json!({ "requests": documents }), |wide| {
+        of_requests(requests, wide)
+    });
+    view.named(requests.iter().map(|request| &request.request_id))
 }
 
-/// Newest first, which is the only one unless clients name requests alike.
-fn print_each(
-    requests: &[RequestTimeline],
-    format: Format,
-    text: impl Fn(&RequestTimeline) -> String,
-) -> anyhow::Result<()> {
-    for (index, request) in requests.iter().enumerate() {
-        match format {
-            Format::Json => output::print_json(&to_json(request, true))?,
-            Format::Text if index == 0 => print!("{}", text(request)),
-            Format::Text => print!("\n{}", text(request)),
-        }
-    }
-    Ok(())
+/// All of one request: newest first, which is the only one unless clients name requests alike.
+fn show_view(requests: &[RequestTimeline], text: impl Fn(&RequestTimeline) -> String) -> View {
+    let views = requests.iter().map(|request| {
+        let view = View::new(to_json(request, true), |_| text(request));
+        view.named([&request.request_id])
+    });
+    View::several(views.collect())
 }
 
 /// One line per request.
-fn of_requests(requests: &[RequestTimeline]) -> Table {
-    let mut table = output::table(&[
-        "REQUEST", "STATE", "AGE", "TENANT", "PROMPT", "CACHED", "OUTPUT", "TTFT", "TBT", "PREFILL", "DECODE",
-    ]);
+fn of_requests(requests: &[RequestTimeline], wide: bool) -> String {
+    let columns = [
+        ("REQUEST", false),
+        ("STATE", false),
+        ("AGE", false),
+        ("TENANT", false),
+        ("PROMPT", false),
+        ("CACHED", false),
+        ("OUTPUT", false),
+        ("TTFT", false),
+        ("TBT", false),
+        ("PREFILL", false),
+        ("DECODE", false),
+        ("PRIORITY", true),
+        ("ARRIVED", true),
+        ("TRACE", true),
+        ("ERROR", true),
+    ];
+    let mut table = Columns::new(wide, &columns);
     for request in requests {
         let placement = request.placements.last().cloned().unwrap_or_default();
         let placed = !request.placements.is_empty();
-        table.add_row([
+        table.row([
             request.request_id.clone(),
-            request.state.clone(),
+            painted(&request.state),
             time(request.age_ms),
             or_dash(&request.tenant),
             count(request.prompt_tokens),
@@ -126,9 +147,24 @@ fn of_requests(requests: &[RequestTimeline]) -> Table {
                 "-".to_owned()
             },
             or_dash(&placement.decode_node),
+            or_dash(&request.priority),
+            arrived(request.arrived_unix_ms),
+            or_dash(&request.trace_id),
+            or_dash(&request.error),
         ]);
     }
-    table
+    table.text()
+}
+
+/// A request's state in its colour: how it ended, or where it is on its way.
+pub(crate) fn painted(state: &str) -> String {
+    match (state, ErrorCode::parse(state)) {
+        ("finished", _) => paint(Tone::Good, state),
+        // Its client left, or may try again.
+        ("cancelled", _) | (_, Some(ErrorCode::Overloaded)) => paint(Tone::Warning, state),
+        (_, Some(_)) => paint(Tone::Bad, state),
+        (_, None) => state.to_owned(),
+    }
 }
 
 /// All but the parts of the way.
@@ -139,7 +175,7 @@ fn of_request(request: &RequestTimeline) -> Table {
             table.add_row([name.to_owned(), value]);
         }
     };
-    row("state", request.state.clone());
+    row("state", painted(&request.state));
     row("error", request.error.clone());
     row("arrived", arrived(request.arrived_unix_ms));
     row("age", time(request.age_ms));
@@ -239,14 +275,6 @@ fn count(value: u64) -> String {
         "-".to_owned()
     } else {
         value.to_string()
-    }
-}
-
-fn or_dash(text: &str) -> String {
-    if text.is_empty() {
-        "-".to_owned()
-    } else {
-        text.to_owned()
     }
 }
 

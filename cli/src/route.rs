@@ -13,7 +13,7 @@ use proto::v1::explain_request::Input;
 use serde_json::{Value, json};
 use types::{Error, ErrorCode};
 
-use crate::output::{self, Format};
+use crate::output::{Format, View};
 use crate::reach::Router;
 pub(crate) use flags::RouteCommand;
 use flags::{ExplainArgs, ListArgs};
@@ -42,7 +42,7 @@ async fn explain(flags: &ExplainArgs, routing: &Routing, format: Format) -> anyh
             tbt_slo_ms: flags.tbt_slo.unwrap_or(0.0),
             tenant: flags.tenant.clone(),
         };
-        return print(&routing.explain(request).await?, flags.all, format);
+        return format.print(&explain_view(&routing.explain(request).await?, flags.all));
     }
     let (request, count) = match &flags.request {
         Some(text) => (Some(proto::convert::request_id(text)?), None),
@@ -55,10 +55,8 @@ async fn explain(flags: &ExplainArgs, routing: &Routing, format: Format) -> anyh
     }
     // In the order in which they were made, as a request's placements are told.
     decisions.reverse();
-    for decision in &decisions {
-        print(decision, flags.all, format)?;
-    }
-    Ok(())
+    let views = decisions.iter().map(|decision| explain_view(decision, flags.all));
+    format.print(&View::several(views.collect()))
 }
 
 async fn live(flags: &ExplainArgs, routing: &Routing, format: Format) -> anyhow::Result<()> {
@@ -67,26 +65,35 @@ async fn live(flags: &ExplainArgs, routing: &Routing, format: Format) -> anyhow:
         if missed > 0 {
             eprintln!("perigee: {missed} decisions came too fast to be shown");
         }
-        print(&decision, flags.all, format)?;
+        format.print_next(&explain_view(&decision, flags.all))?;
     }
     Ok(())
 }
 
 async fn list(flags: &ListArgs, routing: &Routing, format: Format) -> anyhow::Result<()> {
-    let decisions = routing.decisions(None, Some(flags.count.get())).await?;
-    if format == Format::Json {
-        let decisions: Vec<Value> = decisions.iter().map(decision_json).collect();
-        return output::print_json(&json!({ "decisions": decisions }));
-    }
-    Ok(output::print_table(&table::of_decisions(&decisions))?)
+    let look = async || {
+        Ok(list_view(
+            &routing.decisions(None, Some(flags.count.get())).await?,
+        ))
+    };
+    flags.watch.show(format, look).await
 }
 
-fn print(decision: &Decision, all: bool, format: Format) -> anyhow::Result<()> {
-    if format == Format::Json {
-        return output::print_json(&decision_json(decision));
-    }
-    print!("{}", table::explanation(decision, all));
-    Ok(())
+/// Decisions, one per line. Prompts that were only explained have no name.
+fn list_view(decisions: &[Decision]) -> View {
+    let documents: Vec<Value> = decisions.iter().map(decision_json).collect();
+    let view = View::new(json!({ "decisions": documents }), |wide| {
+        table::of_decisions(decisions, wide)
+    });
+    let ids = decisions.iter().map(|decision| &decision.request_id);
+    view.named(ids.filter(|id| !id.is_empty()))
+}
+
+/// A decision with its candidates, all of them where that is asked for or the terminal is wide.
+pub(crate) fn explain_view(decision: &Decision, all: bool) -> View {
+    View::new(decision_json(decision), |wide| {
+        table::explanation(decision, all || wide)
+    })
 }
 
 /// What the flags name as a prompt.

@@ -3,6 +3,7 @@
 //! Defaults come from the roles' own `Config::default`, which gives the reasons. `docs/configuration.md` is printed from here
 //! (`perigee config --markdown`) and tested against it.
 
+mod diff;
 mod reference;
 mod sections;
 mod tenants;
@@ -13,8 +14,9 @@ use node::config::Loaded;
 use serde::{Deserialize, Serialize};
 use types::Error;
 
-use crate::arguments::{ConfigArgs, Precision, RoleArgs, SettingFlags};
-use crate::output::{self, Format};
+use crate::arguments::{ConfigArgs, ConfigCommand, Precision, RoleArgs, SettingFlags, ViewArgs};
+use crate::output::{Format, View};
+pub(crate) use diff::redact;
 pub(crate) use sections::{
     DecodeSettings, KvSettings, LogSettings, ModelSettings, NodeSettings, PrefillSettings, RegistrySettings,
     StoreSettings, TelemetrySettings,
@@ -137,8 +139,17 @@ impl Settings {
     }
 }
 
+/// Runs `perigee config`, which is `config view` where nothing else is said.
+pub(crate) fn run(arguments: &ConfigArgs, format: Format) -> anyhow::Result<()> {
+    match &arguments.command {
+        None => show(&arguments.view, format),
+        Some(ConfigCommand::View(flags)) => show(flags, format),
+        Some(ConfigCommand::Diff { settings, other }) => diff::run(settings, other.as_deref(), format),
+    }
+}
+
 /// Prints the settings that a role would run with, or their reference.
-pub(crate) fn show(flags: &ConfigArgs, format: Format) -> anyhow::Result<()> {
+fn show(flags: &ViewArgs, format: Format) -> anyhow::Result<()> {
     if flags.markdown {
         print!("{}", reference::markdown()?);
         return Ok(());
@@ -146,13 +157,8 @@ pub(crate) fn show(flags: &ConfigArgs, format: Format) -> anyhow::Result<()> {
     let loaded = load_for_command(&flags.settings)?;
     warn_of_unknown(&loaded);
     loaded.value.validate()?;
-    match format {
-        Format::Json => output::print_json(&loaded.value),
-        Format::Text => {
-            print!("{}", toml::to_string(&loaded.value)?);
-            Ok(())
-        }
-    }
+    let text = toml::to_string(&loaded.value)?;
+    format.print(&View::new(serde_json::to_value(&loaded.value)?, |_| text.clone()))
 }
 
 /// Says which keys nobody reads.

@@ -17,7 +17,7 @@ use sim::sweep::{self, Sustained, Sweep};
 use sim::trace::{self, Request};
 use types::Error;
 
-use crate::output::{self, Format};
+use crate::output::{self, Format, View};
 
 pub(crate) use flags::SimCommand;
 use flags::{PlotOf, RunArgs, ScenarioArgs, SweepArgs};
@@ -44,6 +44,7 @@ struct Loaded {
 }
 
 fn simulate(flags: &RunArgs, format: Format) -> anyhow::Result<()> {
+    format.without_names()?;
     let variants = match &flags.vary {
         Some(vary) => variants(vary)?,
         None => vec![None],
@@ -69,20 +70,21 @@ fn simulate(flags: &RunArgs, format: Format) -> anyhow::Result<()> {
     if !flags.samples {
         reports.iter_mut().for_each(|report| report.samples.clear());
     }
-    match format {
-        Format::Json => output::print_json(&reports),
-        Format::Text => {
-            output::print_table(&summary(&names, &reports))?;
-            if let [report] = &reports[..] {
-                println!();
-                output::print_table(&nodes(report))?;
-            }
-            Ok(())
+    format.print(&run_view(&names, &reports)?)
+}
+
+fn run_view(names: &[String], reports: &[Report]) -> anyhow::Result<View> {
+    Ok(View::new(serde_json::to_value(reports)?, |_| {
+        let mut text = output::table_text(&summary(names, reports));
+        if let [report] = reports {
+            text += &format!("\n{}", output::table_text(&nodes(report)));
         }
-    }
+        text
+    }))
 }
 
 fn search(flags: &SweepArgs, format: Format) -> anyhow::Result<()> {
+    format.without_names()?;
     let loaded = load(&flags.scenario, None)?;
     let shape = &loaded.scenario.cluster;
     let nodes = flags.nodes.unwrap_or(shape.prefill_nodes + shape.decode_nodes);
@@ -123,25 +125,26 @@ fn search(flags: &SweepArgs, format: Format) -> anyhow::Result<()> {
     if let Some(path) = &flags.scenario.svg {
         write(path, &sweep_plot(&scenario.name, &sweep, &found))?;
     }
-    match format {
-        Format::Json => output::print_json(&found),
-        Format::Text => {
-            output::print_table(&sustained(&found))?;
-            let rate = |one: &&Sustained| one.speed.map_or(0.0, |_| one.report.goodput_per_node_per_s);
-            let best = found.iter().max_by(|a, b| rate(a).total_cmp(&rate(b)));
-            if let Some(best) = best.filter(|best| best.speed.is_some()) {
-                let point = best.point;
-                println!(
-                    "\nbest: {} prefill and {} decode nodes with pools of {} tokens, {:.4} requests/s per node",
-                    point.prefill_nodes,
-                    point.decode_nodes,
-                    point.pool_tokens,
-                    best.report.goodput_per_node_per_s
-                );
-            }
-            Ok(())
+    format.print(&sweep_view(&found)?)
+}
+
+fn sweep_view(found: &[Sustained]) -> anyhow::Result<View> {
+    Ok(View::new(serde_json::to_value(found)?, |_| {
+        let mut text = output::table_text(&sustained(found));
+        let rate = |one: &&Sustained| one.speed.map_or(0.0, |_| one.report.goodput_per_node_per_s);
+        let best = found.iter().max_by(|a, b| rate(a).total_cmp(&rate(b)));
+        if let Some(best) = best.filter(|best| best.speed.is_some()) {
+            let point = best.point;
+            text += &format!(
+                "\nbest: {} prefill and {} decode nodes with pools of {} tokens, {:.4} requests/s per node\n",
+                point.prefill_nodes,
+                point.decode_nodes,
+                point.pool_tokens,
+                best.report.goodput_per_node_per_s
+            );
         }
-    }
+        text
+    }))
 }
 
 fn load(flags: &ScenarioArgs, variant: Option<&str>) -> anyhow::Result<Loaded> {

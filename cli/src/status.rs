@@ -1,81 +1,111 @@
 //! `perigee status` and `perigee node list`: the cluster as a router sees it.
 
 use client::{ClusterStatus, NodeStatus};
-use comfy_table::Table;
 use serde_json::json;
 
-use crate::output::{self, Format};
+use crate::output::{Columns, Format, Tone, View, Watch, paint};
 use crate::reach::Router;
 
 /// Prints the nodes' load and the router's queue.
-pub(crate) async fn cluster(router: &Router, format: Format) -> anyhow::Result<()> {
+pub(crate) async fn cluster(watch: Watch, router: &Router, format: Format) -> anyhow::Result<()> {
+    let look = async || Ok(cluster_view(&router.inference()?.cluster_status().await?));
+    watch.show(format, look).await
+}
+
+/// Prints who the nodes are and where they are reached.
+pub(crate) async fn nodes(watch: Watch, router: &Router, format: Format) -> anyhow::Result<()> {
+    let look = async || Ok(node_view(&router.inference()?.cluster_status().await?.nodes));
+    watch.show(format, look).await
+}
+
+/// The nodes' load and the router's queue.
+pub(crate) fn cluster_view(status: &ClusterStatus) -> View {
     let ClusterStatus {
         nodes,
         requests_running,
         requests_waiting,
-    } = router.inference()?.cluster_status().await?;
-    if format == Format::Json {
-        return output::print_json(&json!({
-            "nodes": nodes.iter().map(to_json).collect::<Vec<_>>(),
-            "requests_running": requests_running,
-            "requests_waiting": requests_waiting,
-        }));
-    }
-    let mut table = output::table(&[
-        "NODE",
-        "ROLE",
-        "STATE",
-        "RUNNING",
-        "QUEUED",
-        "KV USED",
-        "CACHED BLOCKS",
-        "PREFILL",
-        "STEP",
-    ]);
-    for node in &nodes {
+    } = status;
+    let document = json!({
+        "nodes": nodes.iter().map(to_json).collect::<Vec<_>>(),
+        "requests_running": requests_running,
+        "requests_waiting": requests_waiting,
+    });
+    let view = View::new(document, |wide| {
+        format!(
+            "{}{requests_running} requests running, {requests_waiting} waiting\n",
+            load_table(nodes, wide)
+        )
+    });
+    view.named(ids(nodes))
+}
+
+fn load_table(nodes: &[NodeStatus], wide: bool) -> String {
+    let columns = [
+        ("NODE", false),
+        ("ROLE", false),
+        ("STATE", false),
+        ("RUNNING", false),
+        ("QUEUED", false),
+        ("KV USED", false),
+        ("CACHED BLOCKS", false),
+        ("PREFILL", false),
+        ("STEP", false),
+        ("EPOCH", true),
+        ("GRPC", true),
+        ("MODEL", true),
+    ];
+    let mut table = Columns::new(wide, &columns);
+    for node in nodes {
+        let record = &node.record;
         let load = node.load.unwrap_or_default();
-        let used = node
-            .record
+        let used = record
             .capacity_blocks
             .saturating_sub(load.free_blocks + load.evictable_blocks);
-        table.add_row([
-            node.record.id.to_string(),
-            node.record.role.to_string(),
-            state(node).to_owned(),
+        table.row([
+            record.id.to_string(),
+            record.role.to_string(),
+            painted(state(node)),
             load.running_sequences.to_string(),
             load.queued_requests.to_string(),
-            format!("{used}/{}", node.record.capacity_blocks),
+            format!("{used}/{}", record.capacity_blocks),
             node.indexed_blocks.to_string(),
             rate(load.prefill_ms_per_token, |ms| {
                 format!("{:.0} tok/s", 1000.0 / ms)
             }),
             rate(load.decode_step_ms, |ms| format!("{ms:.1} ms")),
+            record.epoch.to_string(),
+            record.grpc_endpoint.clone(),
+            record.model.clone(),
         ]);
     }
-    output::print_table(&table)?;
-    println!("{requests_running} requests running, {requests_waiting} waiting");
-    Ok(())
+    table.text()
 }
 
-/// Prints who the nodes are and where they are reached.
-pub(crate) async fn nodes(router: &Router, format: Format) -> anyhow::Result<()> {
-    let nodes = router.inference()?.cluster_status().await?.nodes;
-    if format == Format::Json {
-        return output::print_json(&nodes.iter().map(to_json).collect::<Vec<_>>());
-    }
-    Ok(output::print_table(&node_table(&nodes))?)
+/// Who the nodes are and where they are reached.
+pub(crate) fn node_view(nodes: &[NodeStatus]) -> View {
+    let document = nodes.iter().map(to_json).collect();
+    let view = View::new(document, |wide| node_table(nodes, wide));
+    view.named(ids(nodes))
 }
 
-fn node_table(nodes: &[NodeStatus]) -> Table {
-    let mut table = output::table(&[
-        "NODE", "ROLE", "STATE", "EPOCH", "GRPC", "HTTP", "TRANSFER", "MODEL",
-    ]);
+fn node_table(nodes: &[NodeStatus], wide: bool) -> String {
+    let columns = [
+        ("NODE", false),
+        ("ROLE", false),
+        ("STATE", false),
+        ("EPOCH", true),
+        ("GRPC", false),
+        ("HTTP", true),
+        ("TRANSFER", true),
+        ("MODEL", false),
+    ];
+    let mut table = Columns::new(wide, &columns);
     for node in nodes {
         let record = &node.record;
-        table.add_row([
+        table.row([
             record.id.to_string(),
             record.role.to_string(),
-            state(node).to_owned(),
+            painted(state(node)),
             record.epoch.to_string(),
             record.grpc_endpoint.clone(),
             record.http_endpoint.clone(),
@@ -83,7 +113,11 @@ fn node_table(nodes: &[NodeStatus]) -> Table {
             record.model.clone(),
         ]);
     }
-    table
+    table.text()
+}
+
+fn ids(nodes: &[NodeStatus]) -> impl Iterator<Item = &types::NodeId> {
+    nodes.iter().map(|node| &node.record.id)
 }
 
 pub(crate) fn state(node: &NodeStatus) -> &'static str {
@@ -94,6 +128,16 @@ pub(crate) fn state(node: &NodeStatus) -> &'static str {
         Some(load) => load.state(),
         None => "starting",
     }
+}
+
+/// A node's state in its colour.
+pub(crate) fn painted(state: &str) -> String {
+    let tone = match state {
+        "ready" => Tone::Good,
+        "lost" => Tone::Bad,
+        _ => Tone::Warning,
+    };
+    paint(tone, state)
 }
 
 pub(crate) fn rate(value: f64, show: impl Fn(f64) -> String) -> String {
@@ -115,10 +159,11 @@ mod tests {
 
     use super::*;
     use crate::node_admin::tests::node;
+    use crate::output::golden;
 
-    #[test]
-    fn nodes_are_listed_with_their_state() {
-        let mut nodes = [
+    /// A node in each state.
+    fn nodes() -> Vec<NodeStatus> {
+        let mut nodes = vec![
             node("decode-0", Role::Decode),
             node("decode-1", Role::Decode),
             node("prefill-0", Role::Prefill),
@@ -131,14 +176,30 @@ mod tests {
         });
         nodes[2].connected = false;
         nodes[3].load = None;
-        let expected = "
- NODE       ROLE     STATE     EPOCH  GRPC         HTTP         TRANSFER           MODEL
- decode-0   decode   ready     7      decode-0:1   decode-0:2   tcp://decode-0:3   tiny
- decode-1   decode   draining  7      decode-1:1   decode-1:2   tcp://decode-1:3   tiny
- prefill-0  prefill  lost      7      prefill-0:1  prefill-0:2  tcp://prefill-0:3  tiny
- store-0    store    starting  7      store-0:1    store-0:2    tcp://store-0:3    tiny
- router-0   router   ready     7      router-0:1   router-0:2   tcp://router-0:3   tiny
-";
-        assert_eq!(format!("\n{}", output::table_text(&node_table(&nodes))), expected);
+        nodes[0].load = Some(LoadReport {
+            running_sequences: 3,
+            queued_requests: 1,
+            free_blocks: 50,
+            evictable_blocks: 30,
+            prefill_ms_per_token: 0.25,
+            decode_step_ms: 12.25,
+            ..LoadReport::default()
+        });
+        nodes
+    }
+
+    #[test]
+    fn nodes_are_listed_with_their_state() {
+        golden::check("node-list", &node_view(&nodes()));
+    }
+
+    #[test]
+    fn the_cluster_is_shown_with_the_nodes_load_and_the_routers_queue() {
+        let status = ClusterStatus {
+            nodes: nodes(),
+            requests_running: 3,
+            requests_waiting: 1,
+        };
+        golden::check("status", &cluster_view(&status));
     }
 }

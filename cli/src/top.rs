@@ -52,12 +52,10 @@ pub(crate) struct TopArgs {
 /// Shows the cluster until a key ends it.
 pub(crate) async fn run(arguments: TopArgs, router: &Router, format: Format) -> anyhow::Result<()> {
     let first = look(router).await?;
-    if format == Format::Json {
-        return output::print_json(&first);
-    }
-    if arguments.once {
-        print!("{}", draw::text(&first, arguments.width, arguments.height));
-        return Ok(());
+    if arguments.once || !format.streams_text() {
+        let document = serde_json::to_value(&first)?;
+        let (width, height) = (arguments.width, arguments.height);
+        return format.print(&output::View::new(document, |_| draw::text(&first, width, height)));
     }
     if !std::io::stdout().is_terminal() {
         let message = "top needs a terminal: --once prints one frame, -o json the figures";

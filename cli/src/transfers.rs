@@ -8,27 +8,48 @@ use types::{Error, ErrorCode, NodeRecord};
 
 use crate::arguments::{self, TransferTestArgs};
 use crate::nodes::{self, Described};
-use crate::output::{self, Format};
+use crate::output::{self, Columns, Format, Tone, View, Watch, or_dash, paint};
 use crate::reach::Router;
 
 /// Prints each ordered pair of nodes that have pools, and what each node could use.
-pub(crate) async fn list(router: &Router, format: Format) -> anyhow::Result<()> {
+pub(crate) async fn list(watch: Watch, router: &Router, format: Format) -> anyhow::Result<()> {
+    watch.show(format, async || look(router).await).await
+}
+
+/// Asks every node that has a pool for its transfers.
+pub(crate) async fn look(router: &Router) -> anyhow::Result<View> {
     let described = nodes::describe(router, &members(router).await?).await;
-    if format == Format::Json {
-        return output::print_json(&list_json(&described));
+    for node in &described {
+        if let Err(error) = &node.said {
+            eprintln!("perigee: {} does not answer: {error}", node.record.id);
+        }
     }
-    let mut table = output::table(&[
-        "FROM",
-        "TO",
-        "USES",
-        "LANES",
-        "CONNECTIONS",
-        "WRITTEN",
-        "READ",
-        "FAILURES",
-        "WHY NOT BETTER",
-    ]);
-    for pair in pairs(&described) {
+    Ok(list_view(&described))
+}
+
+fn list_view(described: &[Described]) -> View {
+    View::new(list_json(described), |wide| {
+        let movers = mover_table(described);
+        let separator = if movers.is_empty() { "" } else { "\n" };
+        format!("{}{separator}{movers}", pair_table(described, wide))
+    })
+}
+
+fn pair_table(described: &[Described], wide: bool) -> String {
+    let columns = [
+        ("FROM", false),
+        ("TO", false),
+        ("USES", false),
+        ("LANES", false),
+        ("CONNECTIONS", false),
+        ("WRITTEN", false),
+        ("READ", false),
+        ("FAILURES", false),
+        ("WHY NOT BETTER", false),
+        ("ENDPOINT", true),
+    ];
+    let mut table = Columns::new(wide, &columns);
+    for pair in pairs(described) {
         let mut row = vec![pair.from.id.to_string(), pair.to.id.to_string()];
         match pair.link {
             Some(link) => row.extend([
@@ -42,36 +63,33 @@ pub(crate) async fn list(router: &Router, format: Format) -> anyhow::Result<()> 
             ]),
             None => row.extend((0..7).map(|_| "-".to_owned())),
         }
-        table.add_row(row);
+        row.push(pair.to.transfer_endpoint.clone());
+        table.row(row);
     }
-    output::print_table(&table)?;
-    print_movers(&described)?;
-    for node in &described {
-        if let Err(error) = &node.said {
-            eprintln!("perigee: {} does not answer: {error}", node.record.id);
-        }
-    }
-    Ok(())
+    table.text()
 }
 
-fn print_movers(described: &[Described]) -> std::io::Result<()> {
+/// Nothing where no node says what it could use.
+fn mover_table(described: &[Described]) -> String {
     let mut table = output::table(&["NODE", "CAN USE", "WITH"]);
     for node in described {
         for mover in node.said.iter().flat_map(|said| &said.movers) {
-            let usable = if mover.usable { "" } else { "not " };
-            let name = format!("{usable}{}", mover.name);
+            let name = match mover.usable {
+                true => paint(Tone::Good, &mover.name),
+                false => paint(Tone::Warning, &format!("not {}", mover.name)),
+            };
             table.add_row([node.record.id.to_string(), name, or_dash(&mover.detail)]);
         }
     }
-    if table.is_empty() {
-        return Ok(());
+    match table.is_empty() {
+        true => String::new(),
+        false => output::table_text(&table),
     }
-    println!();
-    output::print_table(&table)
 }
 
 /// Measures between two nodes and prints one row per size and direction.
 pub(crate) async fn test(arguments: TransferTestArgs, router: &Router, format: Format) -> anyhow::Result<()> {
+    format.without_names()?;
     let members = members(router).await?;
     let (from, to) = (find(&members, &arguments.from)?, find(&members, &arguments.to)?);
     let duration: Duration = arguments.duration.into();
@@ -105,34 +123,38 @@ pub(crate) async fn test(arguments: TransferTestArgs, router: &Router, format: F
         return Err(Error::new(ErrorCode::Overloaded, message).into());
     };
     let complete = last.step == last.steps;
-    if format == Format::Json {
-        return output::print_json(&json!({
-            "from": from.id,
-            "to": to.id,
-            "complete": complete,
-            "measurements": measured.iter().map(measurement_json).collect::<Vec<_>>(),
-        }));
-    }
-    let mut table = output::table(&["SIZE", "DIRECTION", "VIA", "BANDWIDTH", "P50", "P99", "TRANSFERS"]);
-    for measurement in &measured {
-        table.add_row([
-            output::bytes(measurement.bytes),
-            direction(measurement).to_owned(),
-            measurement.mover.clone(),
-            format!("{}/s", output::bytes(measurement.bytes_per_second as u64)),
-            micros(measurement.latency_p50_us),
-            micros(measurement.latency_p99_us),
-            measurement.transfers.to_string(),
-        ]);
-    }
-    output::print_table(&table)?;
-    println!("all bytes verified between {} and {}", from.id, to.id);
+    format.print(&test_view(from, to, complete, &measured))?;
     if !complete {
         eprintln!(
             "perigee: larger transfers were left out: the pools lend no more than an eighth of their blocks"
         );
     }
     Ok(())
+}
+
+fn test_view(from: &NodeRecord, to: &NodeRecord, complete: bool, measured: &[TransferMeasurement]) -> View {
+    let document = json!({
+        "from": from.id,
+        "to": to.id,
+        "complete": complete,
+        "measurements": measured.iter().map(measurement_json).collect::<Vec<_>>(),
+    });
+    View::new(document, |_| {
+        let mut table = output::table(&["SIZE", "DIRECTION", "VIA", "BANDWIDTH", "P50", "P99", "TRANSFERS"]);
+        for measurement in measured {
+            table.add_row([
+                output::bytes(measurement.bytes),
+                direction(measurement).to_owned(),
+                measurement.mover.clone(),
+                format!("{}/s", output::bytes(measurement.bytes_per_second as u64)),
+                micros(measurement.latency_p50_us),
+                micros(measurement.latency_p99_us),
+                measurement.transfers.to_string(),
+            ]);
+        }
+        let table = output::table_text(&table);
+        format!("{table}all bytes verified between {} and {}\n", from.id, to.id)
+    })
 }
 
 /// Two nodes, one way.
@@ -245,20 +267,13 @@ fn micros(value: f64) -> String {
     }
 }
 
-fn or_dash(text: &str) -> String {
-    if text.is_empty() {
-        "-".to_owned()
-    } else {
-        text.to_owned()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use client::TransferDescription;
     use types::{Epoch, HostFacts, NodeId, Role};
 
     use super::*;
+    use crate::output::golden;
 
     fn described(id: &str, links: &[&str]) -> Described {
         let record = NodeRecord {
@@ -280,7 +295,11 @@ mod tests {
         });
         let said = TransferDescription {
             endpoint: record.transfer_endpoint.clone(),
-            movers: Vec::new(),
+            movers: vec![client::TransferMover {
+                name: "ucx".into(),
+                usable: id == "a",
+                detail: "UCX 1.13.1".into(),
+            }],
             links: links.collect(),
             host: HostFacts::default(),
         };
@@ -308,11 +327,28 @@ mod tests {
             ("cb", false),
         ];
         assert_eq!(rows, expected.map(|(pair, linked)| (pair.to_owned(), linked)));
+        golden::check("transfer-list", &list_view(&nodes));
         let json = list_json(&nodes);
         assert_eq!(json["pairs"][0]["link"]["uses"], "tcp");
         assert_eq!(json["pairs"][1]["link"], Value::Null);
         assert_eq!(json["nodes"][2]["movers"], Value::Null);
         assert!(json["nodes"][2]["error"].as_str().expect("text").contains("gone"));
+    }
+
+    #[test]
+    fn a_measurement_is_a_row_with_its_units() {
+        let measured = [TransferMeasurement {
+            bytes: 4096,
+            direction: TransferDirection::Write.into(),
+            mover: "tcp".into(),
+            transfers: 1200,
+            bytes_per_second: 1.5e9,
+            latency_p50_us: 35.0,
+            latency_p99_us: 1250.0,
+            ..TransferMeasurement::default()
+        }];
+        let (from, to) = (described("a", &[]).record, described("b", &[]).record);
+        golden::check("transfer-test", &test_view(&from, &to, true, &measured));
     }
 
     #[test]

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use types::{ErrorCode, NodeRecord, Role};
 
 use crate::arguments::{Precision, SettingFlags, UpArgs};
-use crate::output::{self, Format};
+use crate::output::{self, Format, View};
 use crate::reach::{self, Router};
 use crate::settings;
 use child::Plan;
@@ -39,16 +39,16 @@ const NODES_MAX: usize = 64;
 
 /// Runs until Ctrl-C, SIGTERM, or a child that cannot be kept running.
 pub(crate) async fn run(arguments: UpArgs, key: Option<&ApiKey>, format: Format) -> anyhow::Result<()> {
+    format.without_names()?;
     let shutdown = node::Shutdown::listen()?;
     let mut cluster = tokio::select! {
         cluster = Cluster::start(arguments, key, false) => cluster?,
         () = shutdown.started() => return Ok(()),
     };
     let ready = cluster.ready();
-    match format {
-        Format::Json => output::print_json(&ready)?,
-        Format::Text => announce(&ready),
-    }
+    format.print(&View::new(serde_json::to_value(&ready)?, |_| {
+        announcement(&ready)
+    }))?;
     let result = tokio::select! {
         () = shutdown.started() => Ok(()),
         error = cluster.failed() => Err(error),
@@ -57,14 +57,7 @@ pub(crate) async fn run(arguments: UpArgs, key: Option<&ApiKey>, format: Format)
     result
 }
 
-fn announce(ready: &Ready<'_>) {
-    println!(
-        "OpenAI API  {}/v1   models: {}",
-        ready.http,
-        ready.models.join(", ")
-    );
-    println!("gRPC        {}", ready.grpc);
-    println!("registry    {}", ready.registry);
+fn announcement(ready: &Ready<'_>) -> String {
     let mut table = output::table(&["NODE", "ROLE", "PID"]);
     for node in &ready.nodes {
         table.add_row([
@@ -73,11 +66,19 @@ fn announce(ready: &Ready<'_>) {
             node.pid.map_or("-".to_owned(), |pid| pid.to_string()),
         ]);
     }
-    let _ = output::print_table(&table);
-    println!(
-        "\nTry: perigee chat --router {}      Ctrl-C ends the cluster.",
+    format!(
+        "OpenAI API  {}/v1   models: {}\n\
+        gRPC        {}\n\
+        registry    {}\n\
+        {}\n\
+        Try: perigee chat --router {}      Ctrl-C ends the cluster.\n",
+        ready.http,
+        ready.models.join(", "),
+        ready.grpc,
+        ready.registry,
+        output::table_text(&table),
         ready.grpc_address
-    );
+    )
 }
 
 /// What a cluster says of itself once it serves.
@@ -393,4 +394,28 @@ async fn first_failure(children: &mut JoinSet<anyhow::Result<()>>) -> anyhow::Er
         }
     }
     std::future::pending().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::output::golden;
+
+    #[test]
+    fn a_cluster_says_where_it_is_reached() {
+        let node = |id, role, pid| ReadyNode { id, role, pid };
+        let ready = Ready {
+            http: "http://127.0.0.1:8080".into(),
+            grpc: "http://127.0.0.1:50051".into(),
+            grpc_address: "127.0.0.1:50051",
+            registry: "perigee://127.0.0.1:4000",
+            models: vec!["tiny".into()],
+            nodes: vec![
+                node("router", "router", Some(7)),
+                node("decode-0", "decode", None),
+            ],
+        };
+        let document = serde_json::to_value(&ready).expect("JSON");
+        golden::check("up", &View::new(document, |_| announcement(&ready)));
+    }
 }

@@ -165,6 +165,11 @@ impl Dispatcher {
         self.shared.gate.counts()
     }
 
+    /// How many requests run or wait that came before `at`.
+    pub fn left_from_before(&self, at: Instant) -> usize {
+        self.shared.requests.running_from_before(at)
+    }
+
     /// Looks at how much room nodes have, and lets those run who have waited for it. To be called as often as nodes report.
     pub fn make_room(&self) {
         let room = self.shared.cluster.lock().room();

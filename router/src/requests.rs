@@ -126,6 +126,12 @@ impl Requests {
         }
     }
 
+    /// How many of those that run came before `at`.
+    pub(crate) fn running_from_before(&self, at: Instant) -> usize {
+        let table = self.lock();
+        table.running.values().filter(|live| live.received < at).count()
+    }
+
     /// Up to `count` of those that run, and up to `ended` of the others; newest first.
     pub(crate) fn newest(&self, running: usize, ended: usize) -> (Vec<Snapshot>, Vec<Snapshot>) {
         let (live, done) = {

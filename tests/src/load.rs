@@ -179,10 +179,16 @@ impl Load {
     }
 }
 
-/// Whether the connection was refused.
+/// Whether the connection was refused, or closed in order before the request was written.
 fn never_sent(status: &tonic::Status) -> bool {
     let mut cause = std::error::Error::source(status);
     while let Some(error) = cause {
+        if error
+            .downcast_ref::<hyper::Error>()
+            .is_some_and(hyper::Error::is_canceled)
+        {
+            return true;
+        }
         if let Some(error) = error.downcast_ref::<std::io::Error>() {
             return error.kind() == std::io::ErrorKind::ConnectionRefused;
         }

@@ -6,10 +6,10 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::Instant;
 
 use engine::fixture::{TinyModel, write_tiny_gguf};
 use nix::sys::signal::Signal;
-use proto::v1;
 use serde_json::Value;
 use tests::cases::{Case, Random, token};
 use tests::etcd::Etcd;
@@ -244,49 +244,38 @@ async fn nodes_change_their_role_under_load_within_seconds_and_no_request_notice
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_answer_goes_on_elsewhere_where_its_node_changes_its_role() {
+async fn an_answer_goes_on_elsewhere_where_its_node_changes_its_role_without_waiting_for_it() {
     let folder = tempfile::tempdir().expect("folder");
     let model = tiny(folder.path());
     let cluster = Cluster::start(&model, &["--prefill", "0", "--decode", "2", "--threads", "1"]);
-    let long = Case {
-        prompt: (0..50).collect(),
+    let long = |seed: u32| Case {
+        prompt: (seed..seed + 50).collect(),
         sampling: types::SamplingParams {
-            max_tokens: 1800,
+            max_tokens: 1500,
             ignore_eos: true,
-            seed: 7,
+            seed: seed.into(),
             ..types::SamplingParams::default()
         },
     };
-    let load = Load::new(&model, &[&cluster.ready.grpc], vec![long.clone()]);
-    let mut client = cluster.client().await;
-    let mut stream = client
-        .generate(long.request())
-        .await
-        .expect("placed")
-        .into_inner();
-    let (mut tokens, mut flipped, mut finished) = (Vec::new(), None, None);
-    while let Some(response) = stream.message().await.expect("no seam") {
-        match response.event {
-            Some(v1::generate_response::Event::Tokens(chunk)) => tokens.extend(chunk.ids),
-            Some(v1::generate_response::Event::Finished(end)) => finished = Some(end),
-            Some(v1::generate_response::Event::Accepted(_)) | None => {}
+    // As many at a time as make each of them last longer than a node needs to be told.
+    let load = Load::new(&model, &[&cluster.ready.grpc], (0..8).map(long).collect());
+    let work = async {
+        load.uses("decode-1").await;
+        let start = Instant::now();
+        while load.seen().placed_again == 0 {
+            assert!(
+                start.elapsed() < PATIENCE,
+                "nothing ran on a node that changed its role"
+            );
+            node(
+                &cluster,
+                &["flip", "decode-1", "--to", "prefill", "--grace", "0s"],
+            );
+            node(&cluster, &["flip", "decode-1", "--to", "decode", "--grace", "0s"]);
+            load.goes_on(8).await;
         }
-        if tokens.len() >= 20 && flipped.is_none() {
-            let requests = node(&cluster, &["list"]);
-            let runs = |node: &&Value| node["load"]["running_sequences"].as_u64() > Some(0);
-            let nodes = requests["nodes"].as_array().expect("a list").clone();
-            let Some(busy) = nodes.iter().find(runs) else {
-                continue;
-            };
-            let id = busy["record"]["id"].as_str().expect("a name").to_owned();
-            node(&cluster, &["flip", &id, "--grace", "0s"]);
-            flipped = Some(id);
-        }
-    }
-    assert_eq!(tokens, load.expected[0]);
-    let report = finished.and_then(|end| end.report).expect("a report");
-    assert_eq!(report.placements, 2, "{report:?}");
-    assert_ne!(Some(report.decode_node), flipped);
+    };
+    load.during(8, work).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

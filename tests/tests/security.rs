@@ -251,6 +251,30 @@ async fn a_cluster_over_mtls_answers_as_a_plain_one_does_and_lets_no_stranger_in
     ];
     let chat = run(&chat, &without_name(&member));
     assert_eq!(chat.code, 0, "{}{}", chat.printed, chat.complained);
+    a_context_has_the_certificates(folder.path(), &router, &files);
+}
+
+/// What needs a certificate of the cluster over gRPC and over HTTP goes with a context alone.
+fn a_context_has_the_certificates(folder: &Path, router: &str, files: &Files) {
+    let path = |path: &Path| path.display().to_string();
+    let environment = [("PERIGEE_CONTEXTS".to_owned(), path(&folder.join("contexts.toml")))];
+    let (authority, certificate, key) = (path(&files.authority), path(&files.certificate), path(&files.key));
+    let set = [
+        &["context", "set", "members", "--router", router, "--use"][..],
+        &["--tls-authority", &authority, "--tls-certificate", &certificate],
+        &["--tls-key", &key, "--tls-name", NAME],
+    ];
+    let set = run(&set.concat(), &environment);
+    assert_eq!(set.code, 0, "{}", set.complained);
+    let to = path(&folder.join("bundle.tar.gz"));
+    let bundle = run(&["debug", "bundle", "--to", &to, "-o", "json"], &environment);
+    assert_eq!(
+        bundle.json()["failed"],
+        0,
+        "{}{}",
+        bundle.printed,
+        bundle.complained
+    );
 }
 
 /// The same, but for the name: addresses are borne, too.

@@ -12,12 +12,11 @@ use client::ExportedChain;
 use futures::stream;
 use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use types::{BlockHash, Checksum, Error, ErrorCode};
 
 use super::flags::{ExportArgs, ImportArgs};
 use super::prompt::Prompt;
-use super::{cache, count_json, find};
+use super::{cache, find, views};
 use crate::output::{self, Format};
 use crate::reach::Reached;
 
@@ -73,16 +72,7 @@ pub(super) async fn export(
         return Err(Error::unavailable(message).into());
     }
     let blocks = chain.chain.len();
-    if format == Format::Json {
-        return output::print_json(&json!({
-            "node": holder.id,
-            "file": flags.file,
-            "blocks": blocks,
-            "bytes": written,
-        }));
-    }
-    println!("{blocks} blocks of {} are in {}", holder.id, flags.file.display());
-    Ok(())
+    format.print(&views::exported(&holder.id, &flags.file, blocks, written))
 }
 
 pub(super) async fn import(flags: &ImportArgs, members: &[Reached], format: Format) -> anyhow::Result<()> {
@@ -96,11 +86,7 @@ pub(super) async fn import(flags: &ImportArgs, members: &[Reached], format: Form
     let imported = cache(node)?.import(&chain, pieces).await;
     bar.finish_and_clear();
     let (imported, held) = imported?;
-    if format == Format::Json {
-        return output::print_json(&count_json(imported, held, node));
-    }
-    println!("{} took {imported} blocks and held {held} already", node.id);
-    Ok(())
+    format.print(&views::imported(&node.id, imported, held))
 }
 
 /// A file that cannot be read any further ends the stream: the node then says how much is missing.
@@ -153,7 +139,8 @@ fn read_header(file: &mut impl BufRead, path: &Path) -> Result<ExportedChain, Er
     })
 }
 
-fn refused(path: &Path, error: &std::io::Error) -> Error {
+/// What a file that cannot be opened is for the caller.
+pub(crate) fn refused(path: &Path, error: &std::io::Error) -> Error {
     let code = match error.kind() {
         std::io::ErrorKind::NotFound => ErrorCode::NotFound,
         std::io::ErrorKind::AlreadyExists => ErrorCode::Conflict,

@@ -5,11 +5,13 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use node::config::Duration;
 
+use crate::output::Watch;
+
 /// `perigee cache`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum CacheCommand {
     /// Show each node's pool in numbers
-    Stats,
+    Stats(Watch),
     /// Show the blocks that the nodes value most
     Top(TopArgs),
     /// Show which nodes hold a prompt, and how much of it
@@ -19,7 +21,7 @@ pub(crate) enum CacheCommand {
     /// End a pin
     Unpin(UnpinArgs),
     /// List what is pinned
-    Pins,
+    Pins(Watch),
     /// Drop a prompt's blocks, or all
     Evict(EvictArgs),
     /// Let a node fetch a prompt's blocks from another one
@@ -74,6 +76,8 @@ pub(crate) struct TopArgs {
     /// This node only.
     #[arg(long, value_name = "NODE")]
     pub(crate) node: Option<String>,
+    #[command(flatten)]
+    pub(crate) watch: Watch,
 }
 
 /// Flags of `cache pin`.

@@ -3,16 +3,13 @@
 //! The prompt is new and long, so that a prefill node has to compute it: short ones, and what is cached, decode nodes do by themselves.
 
 use std::fmt::Write;
-use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
-use node::{ApiKey, tls};
 use serde_json::{Value, json};
-use ureq::Agent;
-use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig, parse_pem};
 
 use super::Finding;
+use crate::door::Door;
 
 pub(super) const GROUP: &str = "chat";
 /// Models that are loaded and idle answer within seconds.
@@ -23,7 +20,7 @@ const ANSWER_TOKENS: usize = 8;
 const WORDS: [&str; 8] = ["one", "two", "three", "four", "five", "six", "seven", "eight"];
 
 /// Flags of the chat request of a check.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub(crate) struct ChatFlags {
     /// Also send a chat request to this OpenAI API, and check that a prefill node and a decode node answered it together.
     #[arg(long, value_name = "URL")]
@@ -33,61 +30,11 @@ pub(crate) struct ChatFlags {
     pub(crate) chat_tokens: usize,
 }
 
-/// What is shown at the door.
-pub(super) struct Door {
-    tls: tls::Config,
-    authorization: Option<String>,
-}
-
-impl Door {
-    /// With the certificate that `tls` names, and with this key.
-    pub(super) fn new(tls: tls::Config, key: Option<&ApiKey>) -> Self {
-        Self {
-            tls,
-            authorization: key.map(|key| format!("Bearer {}", key.secret())),
-        }
-    }
-
-    /// Trusts the authority of `[tls]` where there is one, and shows its certificate.
-    fn tls_config(&self) -> Result<TlsConfig, String> {
-        let read = |file: &str| fs::read(file).map_err(|error| format!("cannot read {file}: {error}"));
-        let builder = TlsConfig::builder();
-        if !self.tls.is_on() {
-            return Ok(builder.build());
-        }
-        let builder = builder.root_certs(RootCerts::new_with_certs(&certificates(&read(
-            &self.tls.authority,
-        )?)?));
-        if self.tls.certificate.is_empty() {
-            return Ok(builder.build());
-        }
-        let chain = certificates(&read(&self.tls.certificate)?)?;
-        let key = PrivateKey::from_pem(&read(&self.tls.key)?).map_err(|error| error.to_string())?;
-        let own = ClientCert::new_with_certs(&chain, key);
-        Ok(builder.client_cert(Some(own)).build())
-    }
-}
-
-fn certificates(pem: &[u8]) -> Result<Vec<Certificate<'static>>, String> {
-    let items: Result<Vec<PemItem<'static>>, ureq::Error> = parse_pem(pem).collect();
-    let items = items.map_err(|error| error.to_string())?;
-    let certificates = items.into_iter().filter_map(|item| match item {
-        PemItem::Certificate(certificate) => Some(certificate),
-        _ => None,
-    });
-    Ok(certificates.collect())
-}
-
 /// Asks the OpenAI API at `url` for its model, and that for an answer to a prompt of at least `tokens` tokens. Blocks.
 pub(super) fn ask(url: &str, door: &Door, tokens: usize) -> Result<Value, String> {
     let url = url.trim_end_matches('/');
-    let agent: Agent = Agent::config_builder()
-        .http_status_as_error(false)
-        .timeout_global(Some(DEADLINE))
-        .tls_config(door.tls_config()?)
-        .build()
-        .into();
-    let authorization = door.authorization.as_deref();
+    let agent = door.agent(DEADLINE)?;
+    let authorization = door.authorization();
     let read = |answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>| {
         let mut answer = answer.map_err(|error| error.to_string())?;
         let status = answer.status();

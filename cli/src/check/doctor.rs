@@ -13,7 +13,7 @@ use std::time::Duration;
 use clap::Args;
 use engine::file::ModelFile;
 use node::registry;
-use node::{ApiKey, Connector, Tls, task};
+use node::{Connector, Tls, task};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -22,7 +22,9 @@ use types::{KvSpace, NodeRecord};
 use super::machine::{self, DiskFacts, PortFacts, PortState, RegistryFacts};
 use super::{ChatFlags, Finding, Level};
 use crate::arguments::SettingFlags;
+use crate::context::Target;
 use crate::output::Format;
+use crate::reach::Router;
 use crate::roles;
 use crate::settings::{self, Settings};
 
@@ -46,18 +48,19 @@ pub(crate) struct DoctorArgs {
 /// Examines settings, machine and cluster, prints, and fails with [`super::Unhealthy`] where something is wrong.
 pub(crate) async fn run(
     arguments: DoctorArgs,
-    address: &str,
-    key: Option<&ApiKey>,
+    target: &Target,
     format: Format,
 ) -> anyhow::Result<()> {
-    super::conclude(examine(&arguments, address, key).await?, format)
+    format.without_names()?;
+    super::conclude(examine(&arguments, target).await?, format)
 }
 
-async fn examine(arguments: &DoctorArgs, address: &str, key: Option<&ApiKey>) -> anyhow::Result<Vec<Finding>> {
+async fn examine(arguments: &DoctorArgs, target: &Target) -> anyhow::Result<Vec<Finding>> {
     let loaded = settings::load_for_command(&arguments.settings)?;
     let settings = &loaded.value;
     let mut findings = super::judge_settings(&loaded, Level::Failed);
-    let (tls, certificate) = super::own_certificate(&settings.tls);
+    let shown = target.tls_or(settings.tls.clone());
+    let (tls, certificate) = super::own_certificate(&shown);
     findings.extend(certificate);
     findings.extend(super::judge_keys(settings));
     findings.extend(machine::judge_registry(&read_registry(settings, tls.clone()).await));
@@ -66,11 +69,19 @@ async fn examine(arguments: &DoctorArgs, address: &str, key: Option<&ApiKey>) ->
     findings.extend(machine::judge_memlock(&facts, settings.transfer.transport, settings.kv.memory.0));
     findings.extend(super::judge_host(settings, &facts).await);
     let ports = read_ports(settings);
-    let (of_cluster, members) = super::of_members(&settings.tls, tls, address, key).await?;
+    // Nobody can be asked without certificates that are to be shown.
+    let askable = tls.is_some() || !shown.is_on();
+    let router = Router::with_tls(&target.address, tls, target.key.as_ref());
+    let (of_cluster, members) = match askable {
+        true => super::of_members(&router).await?,
+        false => (Vec::new(), Vec::new()),
+    };
     findings.extend(ports.iter().map(|port| machine::judge_port(port, &members)));
     findings.extend(examine_model(settings, &members).await?);
     findings.extend(of_cluster);
-    findings.extend(super::of_chat(&arguments.chat, &settings.tls, key).await?);
+    if askable {
+        findings.extend(super::of_chat(&arguments.chat, shown, &router).await?);
+    }
     Ok(findings)
 }
 
@@ -146,7 +157,9 @@ fn holder(port: u16) -> Option<String> {
             .any(|target| sockets.iter().any(|socket| Path::new(socket) == target))
     };
     let processes = fs::read_dir("/proc").ok()?.flatten().take(ENTRIES_MAX);
-    let process = processes.map(|entry| entry.path()).find(|path| holds(path))?;
+    // Beside numbers there are other names for the same processes.
+    let numbered = processes.filter(|entry| entry.file_name().to_string_lossy().parse::<u32>().is_ok());
+    let process = numbered.map(|entry| entry.path()).find(|path| holds(path))?;
     let name = fs::read_to_string(process.join("comm")).ok()?;
     Some(format!("{} ({})", name.trim(), process.file_name()?.to_str()?))
 }

@@ -7,6 +7,7 @@ use types::{
 use super::cluster::Answers;
 use super::*;
 use crate::nodes::{Answered, Clock, Described};
+use crate::output::golden;
 
 const POOL_BYTES: u64 = 1 << 30;
 
@@ -432,6 +433,16 @@ fn what_a_pair_uses_is_told() {
         (told.level, told.message.as_str()),
         (Level::Passed, "uses ucx over rc_mlx5, self")
     );
+}
+
+#[test]
+fn findings_are_shown_by_group_with_what_to_do() {
+    let findings = [
+        Finding::passed("nodes", "p", "is ready"),
+        Finding::warning("nodes", "d", "is draining", "perigee node resume d"),
+        Finding::failed("transfers", "", "no port is active", "check the cable"),
+    ];
+    golden::check("check", &view(&findings));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use types::{DrainProgress, Error, ErrorCode, LoadReport, NodeId, Role};
 
 use super::{connect, find, members, this_node};
 use crate::arguments::DrainArgs;
-use crate::output::{self, Format};
+use crate::output::{Format, View};
 use crate::reach::Router;
 use crate::status;
 
@@ -44,20 +44,24 @@ pub(super) async fn run(flags: &DrainArgs, router: &Router, format: Format) -> a
         None => this_node(&flags.target, router).await?,
     };
     node.drain().await?;
-    let state = if flags.wait {
+    if flags.wait {
         wait(&node, &id, flags.timeout.into()).await?;
-        "drained"
-    } else {
-        "draining"
+    }
+    format.print(&view(&id, flags.wait))
+}
+
+fn view(id: &NodeId, drained: bool) -> View {
+    let (state, line) = match drained {
+        true => (
+            "drained",
+            format!("{id} is drained: nothing runs on it, and its blocks were offered to its peers"),
+        ),
+        false => (
+            "draining",
+            format!("{id} drains: perigee node resume {id} lets it take requests again"),
+        ),
     };
-    if format == Format::Json {
-        return output::print_json(&json!({ "node": id, "state": state }));
-    }
-    match flags.wait {
-        true => println!("{id} is drained: nothing runs on it, and its blocks were offered to its peers"),
-        false => println!("{id} drains: perigee node resume {id} lets it take requests again"),
-    }
-    Ok(())
+    View::line(json!({ "node": id, "state": state }), line).named([id])
 }
 
 /// Follows the reports until the node is drained.
@@ -151,6 +155,14 @@ pub(super) fn check_not_last(node: &NodeStatus, members: &[NodeStatus]) -> Resul
 mod tests {
     use super::super::tests::node;
     use super::*;
+    use crate::output::golden;
+
+    #[test]
+    fn a_drain_says_how_far_it_came() {
+        let id = NodeId::new("decode-0");
+        golden::check("node-drain", &view(&id, false));
+        golden::check("node-drain-wait", &view(&id, true));
+    }
 
     #[test]
     fn the_last_ready_decode_node_of_a_model_is_not_drained() {

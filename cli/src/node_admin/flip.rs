@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use serde_json::json;
 use tokio::time::Instant;
-use types::{Error, Role};
+use types::{Error, NodeId, Role};
 
 use super::drain::check_not_last;
 use super::{connect, find, members};
 use crate::arguments::{EngineRole, FlipArgs};
-use crate::output::{self, Format};
+use crate::output::{Format, View};
 use crate::reach::Router;
 
 /// What a node takes at most beside its requests' grace: starting an engine, moving requests, registering again.
@@ -27,18 +27,17 @@ pub(super) async fn run(flags: &FlipArgs, router: &Router, format: Format) -> an
     let node = connect(router, &found.record)?.with_deadline(FLIP_DEADLINE);
     let began = Instant::now();
     let was = node.flip(to, flags.grace.into()).await?;
-    let took_ms = began.elapsed().as_millis();
-    if format == Format::Json {
-        let role = to.as_str();
-        return output::print_json(
-            &json!({ "node": id, "was": was.as_str(), "role": role, "took_ms": took_ms }),
-        );
-    }
-    match was == to {
-        true => println!("{id} is a {to} node already"),
-        false => println!("{id} was a {was} node and is a {to} node, after {took_ms} ms"),
-    }
-    Ok(())
+    format.print(&view(id, was, to, began.elapsed()))
+}
+
+fn view(id: &NodeId, was: Role, to: Role, took: Duration) -> View {
+    let took_ms = took.as_millis();
+    let line = match was == to {
+        true => format!("{id} is a {to} node already"),
+        false => format!("{id} was a {was} node and is a {to} node, after {took_ms} ms"),
+    };
+    let document = json!({ "node": id, "was": was.as_str(), "role": to.as_str(), "took_ms": took_ms });
+    View::line(document, line).named([id])
 }
 
 /// What a node of this role is to be.
@@ -56,6 +55,14 @@ fn target(role: Role, to: Option<EngineRole>) -> Result<Role, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::output::golden;
+
+    #[test]
+    fn a_change_of_role_is_told() {
+        let took = Duration::from_millis(1234);
+        let flipped = view(&NodeId::new("prefill-0"), Role::Prefill, Role::Decode, took);
+        golden::check("node-flip", &flipped);
+    }
 
     #[test]
     fn a_node_becomes_what_it_is_not_unless_it_is_told_what() {

@@ -6,7 +6,7 @@ use types::NodeId;
 
 use super::{connect, find, members};
 use crate::arguments::LogLevelArgs;
-use crate::output::{self, Format};
+use crate::output::{Format, View};
 use crate::reach::Router;
 
 /// Changes what is to be changed, and prints what the node logs then.
@@ -25,16 +25,17 @@ pub(super) async fn run(flags: LogLevelArgs, router: &Router, format: Format) ->
         None => LogChange::Stay,
     };
     let level = connect(router, record)?.log_level(change).await?;
-    if format == Format::Json {
-        return output::print_json(&json!({
-            "node": record.id,
-            "filter": level.filter,
-            "configured": level.configured,
-            "reverts_in_ms": level.reverts_in.map(|left| left.as_millis() as u64),
-        }));
-    }
-    println!("{}", text(&record.id, &level));
-    Ok(())
+    format.print(&view(&record.id, &level))
+}
+
+fn view(id: &NodeId, level: &LogLevel) -> View {
+    let document = json!({
+        "node": id,
+        "filter": level.filter,
+        "configured": level.configured,
+        "reverts_in_ms": level.reverts_in.map(|left| left.as_millis() as u64),
+    });
+    View::line(document, text(id, level)).named([id])
 }
 
 fn text(id: &NodeId, level: &LogLevel) -> String {
@@ -58,6 +59,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::output::golden;
 
     #[test]
     fn what_a_node_logs_is_told_with_what_comes_after() {
@@ -68,6 +70,7 @@ mod tests {
             reverts_in: Some(Duration::from_millis(599_400)),
         };
         assert_eq!(text(&id, &level), "decode-0 logs debug for 10m, then info again");
+        golden::check("node-log-level", &view(&id, &level));
         level.reverts_in = None;
         assert_eq!(text(&id, &level), "decode-0 logs debug, its own setting");
     }

@@ -3,47 +3,60 @@
 use std::time::Duration;
 
 use client::{NodeInfo, NodeStatus};
-use comfy_table::Table;
 use serde_json::json;
 use types::{Error, ErrorCode, LoadReport, Role};
 
 use super::drain::left;
 use super::{connect, find, members};
-use crate::output::{self, Format};
+use crate::output::{self, Format, View, Watch};
 use crate::reach::Router;
-use crate::status::{self, rate};
+use crate::status::{self, painted, rate};
 
 /// A report comes at once from a node that lives.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Prints one node.
-pub(super) async fn run(id: &str, router: &Router, format: Format) -> anyhow::Result<()> {
-    let members = members(router).await?;
-    let known = find(&members, id)?;
-    let asked = ask(router, known).await;
-    if format == Format::Json {
-        let (info, load) = asked
-            .as_ref()
-            .map_or((None, None), |(info, load)| (Some(info), Some(load)));
-        return output::print_json(&json!({
-            "record": info.map_or(&known.record, |info| &info.record),
-            "version": info.map(|info| &info.version),
-            "state": state(known, load),
-            "load": load,
-            "indexed_blocks": known.indexed_blocks,
-            "error": asked.as_ref().err().map(ToString::to_string),
-        }));
-    }
-    let (said, error) = match asked {
-        Ok(said) => (Some(said), None),
-        Err(error) => (None, Some(error)),
+/// What a node says of itself.
+type Said = Result<(NodeInfo, LoadReport), Error>;
+
+/// Prints one node. What the router knows of it is shown also where it does not answer.
+pub(super) async fn run(id: &str, watch: Watch, router: &Router, format: Format) -> anyhow::Result<()> {
+    let silent = std::cell::Cell::new(None);
+    let look = async || {
+        let members = members(router).await?;
+        let known = find(&members, id)?;
+        let said = ask(router, known).await;
+        silent.set(said.as_ref().err().cloned());
+        Ok(view(known, &said))
     };
-    output::print_table(&table(known, said.as_ref()))?;
-    // What the router knows is shown in either case.
-    error.map_or(Ok(()), |error| Err(error.into()))
+    watch.show(format, look).await?;
+    // Documents have the error within them.
+    match silent
+        .take()
+        .filter(|_| format.streams_text() && !watch.repeats())
+    {
+        Some(error) => Err(error.into()),
+        None => Ok(()),
+    }
 }
 
-async fn ask(router: &Router, known: &NodeStatus) -> Result<(NodeInfo, LoadReport), Error> {
+/// A node by what the router knows and what it says itself.
+pub(crate) fn view(known: &NodeStatus, said: &Said) -> View {
+    let (info, load) = said
+        .as_ref()
+        .map_or((None, None), |(info, load)| (Some(info), Some(load)));
+    let document = json!({
+        "record": info.map_or(&known.record, |info| &info.record),
+        "version": info.map(|info| &info.version),
+        "state": state(known, load),
+        "load": load,
+        "indexed_blocks": known.indexed_blocks,
+        "error": said.as_ref().err().map(ToString::to_string),
+    });
+    View::new(document, |_| table(known, said.as_ref().ok())).named([&known.record.id])
+}
+
+/// Asks a node for all that it says of itself.
+pub(crate) async fn ask(router: &Router, known: &NodeStatus) -> Said {
     let node = connect(router, &known.record)?;
     let info = node.info().await?;
     let mut reports = node.watch_load(Duration::ZERO).await?;
@@ -61,14 +74,14 @@ fn state(known: &NodeStatus, load: Option<&LoadReport>) -> &'static str {
     }
 }
 
-fn table(known: &NodeStatus, said: Option<&(NodeInfo, LoadReport)>) -> Table {
+fn table(known: &NodeStatus, said: Option<&(NodeInfo, LoadReport)>) -> String {
     let record = said.map_or(&known.record, |(info, _)| &info.record);
     let mut table = output::table(&["NODE", record.id.as_str()]);
     let mut row = |name: &str, value: String| {
         table.add_row([name.to_owned(), value]);
     };
     row("role", record.role.to_string());
-    row("state", state(known, said.map(|(_, load)| load)).to_owned());
+    row("state", painted(state(known, said.map(|(_, load)| load))));
     if let Some((info, _)) = said {
         row("version", info.version.clone());
     }
@@ -84,7 +97,7 @@ fn table(known: &NodeStatus, said: Option<&(NodeInfo, LoadReport)>) -> Table {
         row("cached blocks", known.indexed_blocks.to_string());
     }
     let Some((_, load)) = said else {
-        return table;
+        return output::table_text(&table);
     };
     row("running", load.running_sequences.to_string());
     row("queued", load.queued_requests.to_string());
@@ -111,7 +124,7 @@ fn table(known: &NodeStatus, said: Option<&(NodeInfo, LoadReport)>) -> Table {
             },
         );
     }
-    table
+    output::table_text(&table)
 }
 
 #[cfg(test)]
@@ -120,6 +133,7 @@ mod tests {
 
     use super::super::tests::node;
     use super::*;
+    use crate::output::golden;
 
     #[test]
     fn a_node_is_shown_with_how_far_its_drain_is() {
@@ -142,30 +156,8 @@ mod tests {
             version: "1.2.3".into(),
             unix_time_ms: None,
         };
-        let text = output::table_text(&table(&known, Some(&(info, load))));
-        let expected = "
- NODE           decode-0
- role           decode
- state          draining
- version        1.2.3
- epoch          7
- grpc           decode-0:1
- http           decode-0:2
- model          tiny
- transfer       tcp://decode-0:3
- cached blocks  40
- running        3
- queued         0
- kv used        8/100 blocks
- prefill        -
- step           12.2 ms
- drain          3 requests and 12 blocks left
-";
-        assert_eq!(format!("\n{text}"), expected);
-        let silent = output::table_text(&table(&known, None));
-        assert!(
-            silent.contains("state          ready") && !silent.contains("running"),
-            "{silent}"
-        );
+        golden::check("node-show", &view(&known, &Ok((info, load))));
+        let silent = Err(Error::unavailable("decode-0:1 does not answer"));
+        golden::check("node-show-silent", &view(&known, &silent));
     }
 }

@@ -1,6 +1,7 @@
-use types::{Epoch, LoadReport, NodeId, NodeRecord, Role};
+use types::{Epoch, LoadReport, Role};
 
 use super::*;
+use crate::output::golden;
 
 /// A node that is ready.
 pub(crate) fn node(id: &str, role: Role) -> NodeStatus {
@@ -50,4 +51,14 @@ fn an_unknown_node_is_answered_with_those_there_are() {
         (error.code, error.message.as_str()),
         (ErrorCode::NotFound, "no node is named d; there are: a, b")
     );
+}
+
+#[test]
+fn a_node_that_is_cordoned_is_told() {
+    golden::check("node-cordon", &cordoned(&NodeId::new("decode-0")));
+}
+
+#[test]
+fn a_node_that_takes_requests_again_is_told() {
+    golden::check("node-resume", &resumed(&NodeId::new("decode-0")));
 }

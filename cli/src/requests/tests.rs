@@ -1,6 +1,7 @@
 use client::{PlacementTimeline, RequestTimeline, TimelineSpan};
 
 use super::*;
+use crate::output::golden;
 
 fn span(name: &str, node: &str, depth: u32, start_ms: f64, duration_ms: f64) -> TimelineSpan {
     TimelineSpan {
@@ -69,34 +70,18 @@ fn requests_are_listed_with_their_state_and_nodes() {
         output_tokens_max: 8,
         ..RequestTimeline::default()
     };
-    let expected = "
- REQUEST                           STATE     AGE    TENANT  PROMPT  CACHED  OUTPUT  TTFT   TBT    PREFILL    DECODE
- 00000000000000000000000000000008  waiting   3.1 s  acme    -       -       0/8     -      -      -          -
- 00000000000000000000000000000007  finished  80 ms  -       300     64      4/16    40 ms  12 ms  prefill-0  decode-1
-";
-    let text = output::table_text(&of_requests(&[waiting, request()]));
-    assert_eq!(format!("\n{text}"), expected);
+    golden::check("request-list", &list_view(&[waiting, request()]));
 }
 
 #[test]
 fn a_request_is_shown_with_its_placements() {
-    let expected = "
- REQUEST         00000000000000000000000000000007
- state           finished
- arrived         2023-11-14T22:13:20.000Z
- age             80 ms
- trace           00000000000000000000000000000009
- priority        normal
- prompt          300 tokens, 64 from a cache
- output          4 of at most 16 tokens
- first token     40 ms of at most 500 ms
- between tokens  12 ms
- placement       prefill-0 → decode-1, finished, first token after 38 ms (predicted 35 ms), handed over 3.0 MiB by tcp (4.00 ms hidden, 0.50 ms exposed)
-";
-    assert_eq!(
-        format!("\n{}", output::table_text(&of_request(&request()))),
-        expected
-    );
+    let text = |request: &RequestTimeline| output::table_text(&of_request(request));
+    golden::check("request-show", &show_view(&[request()], text));
+    let mut renamed = request();
+    renamed.state = "unavailable".into();
+    renamed.error = "the decode node was lost".into();
+    let both = show_view(&[request(), renamed], text);
+    assert_eq!(both.documents().len(), 2, "clients may name requests alike");
 }
 
 #[test]
@@ -111,6 +96,10 @@ request                    80 ms   ███████████████
     decode   decode-1      40 ms …           ██████████
 ";
     assert_eq!(format!("\n{}", waterfall::text(&request(), 20)), expected);
+    golden::check(
+        "request-trace",
+        &show_view(&[request()], |request| waterfall::text(request, 20)),
+    );
 }
 
 #[test]
@@ -121,4 +110,23 @@ fn the_json_of_a_request_has_its_parts_and_that_of_a_list_has_none() {
     assert_eq!(whole["placements"][0]["prefill_node"], "prefill-0");
     assert_eq!(whole["tbt_slo_ms"], Value::Null);
     assert!(to_json(&request(), false).get("spans").is_none());
+}
+
+#[test]
+fn a_request_that_was_cancelled_is_told() {
+    let id = read_id(&request().request_id).expect("an id");
+    golden::check("request-cancel", &cancelled(id, 1));
+}
+
+#[test]
+fn a_request_that_failed_looks_other_than_one_that_goes_on() {
+    for (state, tone) in [
+        ("finished", Tone::Good),
+        ("cancelled", Tone::Warning),
+        ("overloaded", Tone::Warning),
+        ("unavailable", Tone::Bad),
+    ] {
+        assert_eq!(painted(state), paint(tone, state));
+    }
+    assert_eq!(painted("decoding"), "decoding");
 }

@@ -2,16 +2,16 @@
 //!
 //! A node that drains refuses what is new, lets what runs go on, and offers its blocks to its peers once nothing runs: only then
 //! it has all that its requests leave behind. It gives its blocks to whoever reads them until the process ends. A router only
-//! stops being ready: clients that have a connection are served until it ends.
+//! stops being ready: clients that have a connection are served until it ends, and what they ask meanwhile holds no drain up.
 //!
 //! Invariant: a process that ends stays drained, whoever asks for what.
 //!
 //! Elsewhere: refusing (the roles, by [`Store::is_draining`]), the hand-over itself ([`Exchange`]), the end of a process
 //! (`roles.rs`).
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use kv_store::{Exchange, Store};
 use node::{Drainable, LoadSource, Readiness};
@@ -209,7 +209,9 @@ pub(super) struct RouterDrain {
     handle: router::Handle,
     readiness: Readiness,
     shutdown: CancellationToken,
-    drained: AtomicBool,
+    /// Since when it is drained. What came before is waited for; what clients send over connections that they keep comes as long
+    /// as the process lives.
+    drained: Mutex<Option<Instant>>,
     cordoned: AtomicBool,
 }
 
@@ -219,15 +221,20 @@ impl RouterDrain {
             handle,
             readiness,
             shutdown,
-            drained: AtomicBool::new(false),
+            drained: Mutex::default(),
             cordoned: AtomicBool::new(false),
         }
+    }
+
+    fn drained(&self) -> MutexGuard<'_, Option<Instant>> {
+        // A time is written whole, so a panic leaves nothing half done.
+        self.drained.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drainable for RouterDrain {
     fn drain(&self) {
-        self.drained.store(true, Ordering::Relaxed);
+        self.drained().get_or_insert_with(Instant::now);
         self.readiness
             .miss(DRAINED, "drained by an operator: perigee node resume ends that");
         tracing::info!("draining: not ready any more, but serves who comes");
@@ -242,7 +249,7 @@ impl Drainable for RouterDrain {
 
     fn resume(&self) -> Result<(), Error> {
         check_lives(&self.shutdown)?;
-        self.drained.store(false, Ordering::Relaxed);
+        *self.drained() = None;
         self.cordoned.store(false, Ordering::Relaxed);
         self.readiness.meet(DRAINED);
         self.readiness.meet(CORDONED);
@@ -254,18 +261,21 @@ impl LoadSource for RouterDrain {
     /// A router's load: its requests.
     fn load(&self) -> LoadReport {
         let (running, waiting) = self.handle.dispatcher.counts();
-        let draining = self.drained.load(Ordering::Relaxed);
-        let requests = (running + waiting) as u64;
-        LoadReport {
-            running_sequences: running as u64,
-            queued_requests: waiting as u64,
-            draining,
-            cordoned: self.cordoned.load(Ordering::Relaxed),
-            drain: draining.then_some(DrainProgress {
+        let drained = *self.drained();
+        let drain = drained.map(|since| {
+            let requests = self.handle.dispatcher.left_from_before(since) as u64;
+            DrainProgress {
                 requests,
                 blocks: 0,
                 done: requests == 0,
-            }),
+            }
+        });
+        LoadReport {
+            running_sequences: running as u64,
+            queued_requests: waiting as u64,
+            draining: drained.is_some(),
+            cordoned: self.cordoned.load(Ordering::Relaxed),
+            drain,
             ..LoadReport::default()
         }
     }

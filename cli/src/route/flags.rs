@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
+use crate::output::Watch;
+
 /// `perigee route`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum RouteCommand {
@@ -55,4 +57,6 @@ pub(crate) struct ListArgs {
     /// Most placements to list.
     #[arg(long, default_value = "20", value_name = "COUNT")]
     pub(super) count: NonZeroU32,
+    #[command(flatten)]
+    pub(super) watch: Watch,
 }

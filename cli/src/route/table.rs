@@ -3,10 +3,10 @@
 use std::fmt::Write;
 
 use client::{Decision, PlacementCandidate};
-use comfy_table::Table;
 use proto::v1;
 
-use crate::output;
+use crate::output::{self, Columns, or_dash};
+use crate::requests::painted;
 
 /// Candidates that are shown unless all are asked for: they fit a screen.
 const SHOWN: usize = 12;
@@ -55,23 +55,27 @@ pub(super) fn explanation(decision: &Decision, all: bool) -> String {
 }
 
 /// One line per decision.
-pub(super) fn of_decisions(decisions: &[Decision]) -> Table {
-    let mut table = output::table(&[
-        "REQUEST",
-        "TENANT",
-        "PROMPT",
-        "PREFILL",
-        "DECODE",
-        "NEW",
-        "PREDICTED",
-        "TTFT",
-        "STATE",
-        "REASON",
-    ]);
+pub(super) fn of_decisions(decisions: &[Decision], wide: bool) -> String {
+    let columns = [
+        ("REQUEST", false),
+        ("TENANT", false),
+        ("PROMPT", false),
+        ("PREFILL", false),
+        ("DECODE", false),
+        ("NEW", false),
+        ("PREDICTED", false),
+        ("TTFT", false),
+        ("STATE", false),
+        ("POLICY", true),
+        ("CANDIDATES", true),
+        ("DECIDED IN", true),
+        ("REASON", false),
+    ];
+    let mut table = Columns::new(wide, &columns);
     for decision in decisions {
         let choice = &decision.candidates[0];
         let outcome = decision.outcome.clone().unwrap_or_default();
-        table.add_row([
+        table.row([
             or_dash(&decision.request_id),
             or_dash(&decision.tenant),
             decision.prompt_tokens.to_string(),
@@ -80,11 +84,18 @@ pub(super) fn of_decisions(decisions: &[Decision]) -> Table {
             choice.new_tokens.to_string(),
             ms(choice.ttft_ms),
             ms(outcome.ttft_ms),
-            or_dash(&outcome.state),
+            or_dash(&painted(&outcome.state)),
+            decision.policy.clone(),
+            weighed(decision).to_string(),
+            format!("{:.2} ms", decision.decision_ms),
             decision.reason.clone(),
         ]);
     }
-    table
+    table.text()
+}
+
+fn weighed(decision: &Decision) -> u64 {
+    decision.candidates.len() as u64 + decision.candidates_left_out
 }
 
 fn headline(decision: &Decision) -> String {
@@ -97,7 +108,7 @@ fn headline(decision: &Decision) -> String {
     if !decision.tenant.is_empty() {
         add(format!(" of tenant {}", decision.tenant));
     }
-    let weighed = decision.candidates.len() as u64 + decision.candidates_left_out;
+    let weighed = weighed(decision);
     add(format!(
         ", policy {}: {weighed} candidates weighed in {:.2} ms",
         decision.policy, decision.decision_ms
@@ -175,14 +186,6 @@ fn ms(value: f64) -> String {
         "-".to_owned()
     } else {
         format!("{value:.1}")
-    }
-}
-
-fn or_dash(text: &str) -> String {
-    if text.is_empty() {
-        "-".to_owned()
-    } else {
-        text.to_owned()
     }
 }
 

@@ -1,7 +1,10 @@
 use clap::Parser;
 
+use sim::report::{Load, NodeReport, Summary};
+
 use super::*;
 use crate::arguments::{Arguments, Command};
+use crate::output::golden;
 
 fn flags(more: &[&str]) -> RunArgs {
     let words = ["perigee", "sim", "run", "--scenario"].iter().chain(more);
@@ -67,4 +70,79 @@ fn every_scenario_of_the_repository_can_be_run() {
         found += 1;
     }
     assert!(found >= 3, "{found}");
+}
+
+fn report() -> Report {
+    let summary = |mean| Summary {
+        mean,
+        p50: mean,
+        p90: 2.0 * mean,
+        p99: 3.0 * mean,
+        max: 4.0 * mean,
+    };
+    Report {
+        name: "small".into(),
+        policy: "perigee".into(),
+        seed: 7,
+        prefill_nodes: 1,
+        decode_nodes: 1,
+        requests: 10,
+        served: 8,
+        rejected: 1,
+        failed: 1,
+        arrivals_s: 5.0,
+        duration_s: 6.0,
+        ttft_ms: summary(250.0),
+        ttft_percentiles_ms: vec![250.0],
+        tbt_ms: summary(20.0),
+        tbt_tail_ms: summary(25.0),
+        hit_ratio: 0.5,
+        fetched_ratio: 0.25,
+        compute_ms_mean: 100.0,
+        prediction_error_ms: 4.0,
+        met: 7,
+        attainment: 0.7,
+        goodput_per_s: 1.4,
+        goodput_per_node_per_s: 0.7,
+        prefill_balance: 1.0,
+        decode_balance: 1.0,
+        prefill_utilisation: 0.5,
+        decode_load: Load {
+            mean: 0.5,
+            deviation: 0.125,
+        },
+        nodes: vec![NodeReport {
+            node: "prefill-0".into(),
+            prefills: 8,
+            prefill_s: 2.5,
+            decoded_tokens: 0,
+        }],
+        samples: Vec::new(),
+    }
+}
+
+#[test]
+fn a_run_is_shown_with_its_nodes_and_several_beside_each_other() {
+    let one = run_view(&["perigee".to_owned()], &[report()]).expect("JSON");
+    golden::check("sim-run", &one);
+    let names = ["seed=1", "seed=2"].map(str::to_owned);
+    golden::check(
+        "sim-run-vary",
+        &run_view(&names, &[report(), report()]).expect("JSON"),
+    );
+}
+
+#[test]
+fn a_sweep_is_shown_with_the_best_of_what_is_sustained() {
+    let at = |prefill_nodes, speed| Sustained {
+        point: sweep::Point {
+            prefill_nodes,
+            decode_nodes: 4 - prefill_nodes,
+            pool_tokens: 1_000_000,
+        },
+        speed,
+        report: report(),
+    };
+    let view = sweep_view(&[at(1, Some(1.5)), at(3, None)]).expect("JSON");
+    golden::check("sim-sweep", &view);
 }

@@ -128,7 +128,7 @@ fn bar(used: f64, cached: f64) -> String {
 
 fn request_table(snapshot: &Snapshot, view: &View) -> Table<'static> {
     let rows: Vec<Row<'_>> = view.requests(snapshot).into_iter().map(request_row).collect();
-    let widths = [8, 11, 8, 7, 7, 9, 30];
+    let widths = [8, 10, 8, 7, 7, 9, 25];
     let focused = view.panel == Panel::Requests;
     table(rows, &widths, &REQUEST_COLUMNS, view.request_sort, focused)
 }

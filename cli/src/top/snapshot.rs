@@ -148,9 +148,10 @@ fn node_row(node: &NodeStatus) -> NodeRow {
         state: status::state(node),
         running: load.running_sequences,
         queued: load.queued_requests,
-        kv_used: match node.load {
-            Some(_) => part(node.record.capacity_blocks.saturating_sub(unused)),
-            None => 0.0,
+        // A router has no pool.
+        kv_used: match (node.record.role, node.load) {
+            (Role::Router, _) | (_, None) => 0.0,
+            (_, Some(_)) => part(node.record.capacity_blocks.saturating_sub(unused)),
         },
         kv_cached: part(load.evictable_blocks),
         tokens_per_s: tokens_per_s(node.record.role, &load),

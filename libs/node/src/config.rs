@@ -162,7 +162,12 @@ pub fn load<T: Default + Serialize + DeserializeOwned>(
     })
 }
 
-fn read(path: &Path) -> Result<String, ConfigError> {
+/// Reads a configuration file.
+///
+/// # Errors
+///
+/// It cannot be read, or is larger than any configuration.
+pub fn read(path: &Path) -> Result<String, ConfigError> {
     let name = || path.display().to_string();
     let refuse = |source| ConfigError::Read { name: name(), source };
     let bytes = std::fs::metadata(path).map_err(refuse)?.len();

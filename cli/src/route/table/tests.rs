@@ -2,6 +2,8 @@ use client::PlacementSource;
 use proto::v1;
 
 use super::*;
+use crate::output::golden;
+use crate::route::{explain_view, list_view};
 
 fn candidate(prefill: &str, decode: &str, compute_ms: f64) -> PlacementCandidate {
     PlacementCandidate {
@@ -56,16 +58,7 @@ fn decision() -> Decision {
 
 #[test]
 fn a_decision_reads_like_this() {
-    let expected = "\
-request 00000000000000000000000000000abc of 484 tokens of tenant acme, policy perigee: 5 candidates weighed in 0.25 ms; finished, first token after 60.0 ms; times in ms
-    PREFILL    DECODE    SOURCE               QUEUE  PROMOTE  FETCH  COMPUTE  HANDOFF  TTFT   TBT  SCORE  NOTE
- *  prefill-0  decode-0  store-0 (12 blocks)  -      -        3.2    51.0     2.0      53.0   9.5  91.0   100 new
-    local      decode-1  -                    -      -        -      151.0    2.0      153.0  9.5  191.0  100 new, delays others: +7.5, local prefill too long
-reason: least score: 91.0 ms
-3 candidates with less promise were not kept
-not weighed: decode-2, failed before
-";
-    assert_eq!(explanation(&decision(), false), expected);
+    golden::check("route-explain", &explain_view(&decision(), false));
 }
 
 #[test]
@@ -122,23 +115,5 @@ fn a_list_has_a_line_per_decision() {
     explained.request_id = String::new();
     explained.tenant = String::new();
     explained.outcome = None;
-    let table = of_decisions(&[decision(), explained]);
-    let lines: Vec<String> = table.lines().map(|line| line.trim_end().to_owned()).collect();
-    let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-    assert_eq!(
-        words(&lines[1])[..9],
-        [
-            "00000000000000000000000000000abc",
-            "acme",
-            "484",
-            "prefill-0",
-            "decode-0",
-            "100",
-            "53.0",
-            "60.0",
-            "finished"
-        ]
-    );
-    assert_eq!(words(&lines[2])[..3], ["-", "-", "484"]);
-    assert_eq!(lines.len(), 3);
+    golden::check("route-list", &list_view(&[decision(), explained]));
 }

@@ -15,7 +15,32 @@ fn shown(width: u16, height: u16, view: &View) -> String {
 
 #[test]
 fn a_small_terminal_shows_all_of_a_small_cluster() {
-    let expected = "";
+    let expected = "
+perigee top  127.0.0.1:50051
+2 running, 1 waiting   0.03 requests/s   1.0 tokens/s   hits 25.0 %
+TTFT p50 120 ms, p99 300 ms   TBT p50 8.00 ms, p99 12 ms   1 rejected, 1 failed
+
+NODE             ROLE     STATE     RUN   QUEUE  KV                TOKENS/S
+prefill-0        prefill  ready     0     3      █████░░░░░ 50 %   500
+decode-0         decode   ready     2     0      ████████░░ 75 %   250
+decode-1         decode   draining  0     0      ░░░░░░░░░░ 0 %    -
+router-0         router   ready     0     0                        -
+
+
+REQUEST  STATE      AGE      PROMPT  CACHED  OUTPUT    NODES
+1a1a1a1a prefilling 500 ms   100     25      30/64     prefill-0 → decode-0
+2b2b2b2b decoding   2.5 s    100     25      30/64     decode-0
+
+
+
+
+
+
+
+
+
+q quit  tab panel  ←→ sort  ↑↓ scroll  p pause
+";
     assert_eq!(format!("\n{}", shown(80, 24, &View::default())), expected);
 }
 
@@ -29,7 +54,24 @@ fn a_large_terminal_shows_it_sorted_and_paused() {
         trouble: Some("router does not answer".to_owned()),
         ..View::default()
     };
-    let expected = "";
+    let head = "
+perigee top  127.0.0.1:50051  paused  router does not answer
+2 running, 1 waiting   0.03 requests/s   1.0 tokens/s   hits 25.0 %
+TTFT p50 120 ms, p99 300 ms   TBT p50 8.00 ms, p99 12 ms   1 rejected, 1 failed
+
+NODE             ROLE     STATE     RUN   QUEUE  KV↓               TOKENS/S
+decode-0         decode   ready     2     0      ████████░░ 75 %   250
+prefill-0        prefill  ready     0     3      █████░░░░░ 50 %   500
+decode-1         decode   draining  0     0      ░░░░░░░░░░ 0 %    -
+router-0         router   ready     0     0                        -
+
+
+REQUEST  STATE      AGE↓     PROMPT  CACHED  OUTPUT    NODES
+2b2b2b2b decoding   2.5 s    100     25      30/64     decode-0
+1a1a1a1a prefilling 500 ms   100     25      30/64     prefill-0 → decode-0
+";
+    let empty = "\n".repeat(25);
+    let expected = format!("{head}{empty}q quit  tab panel  ←→ sort  ↑↓ scroll  p pause\n");
     assert_eq!(format!("\n{}", shown(140, 40, &view)), expected);
 }
 
