@@ -244,3 +244,6 @@ pub(super) fn judge_model(path: &str, name: &str, own: &Result<KvSpace, String>,
         "give all nodes of a model the same file and the same settings, or this one another model.name: the registry refuses it as it is",
     ))
 }
+
+#[cfg(test)]
+mod tests;
