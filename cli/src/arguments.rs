@@ -21,8 +21,8 @@ use crate::requests::RequestCommand;
 use crate::route::RouteCommand;
 use crate::settings::Transport;
 use crate::sim::SimCommand;
-use crate::top::TopArgs;
 use crate::tenants::TenantCommand;
+use crate::top::TopArgs;
 
 /// KV-cache-centric serving of language models: prefill, decode, a distributed KV store, and a router.
 #[derive(Debug, Parser)]

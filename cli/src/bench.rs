@@ -26,8 +26,8 @@ use types::{Error, ErrorCode, Role};
 use crate::output::{self, Format, View};
 use crate::reach::Router;
 
-pub(crate) use flags::BenchArgs;
 use drive::{Sample, drive};
+pub(crate) use flags::BenchArgs;
 use flags::{LoadArgs, PromptArgs};
 use plan::{Content, Length, Pace, Plan, REQUESTS_MAX, TOKENS_MAX};
 use report::{Limits, Report};
@@ -78,7 +78,8 @@ pub(crate) async fn run(arguments: BenchArgs, router: &Router, format: Format) -
     let report = Report::of(&samples, limits);
     if let Some(path) = &arguments.plot {
         let title = format!("perigee bench: {} of {url}", shape.model);
-        fs::write(path, report::svg(&title, &samples)).with_context(|| format!("write {}", path.display()))?;
+        fs::write(path, report::svg(&title, &samples))
+            .with_context(|| format!("write {}", path.display()))?;
     }
     let run = json!({
         "url": url,
@@ -117,7 +118,12 @@ async fn warm_up(
     let at_once = plan.map(|request| plan::Planned { at: None, ..request });
     let samples = drive(target, shape, at_once, limits, |_| bar.inc(1)).await;
     bar.finish_and_clear();
-    judge(&Report::of(&samples, Limits::default()), &samples, arguments.allow_failures).context("warm up")
+    judge(
+        &Report::of(&samples, Limits::default()),
+        &samples,
+        arguments.allow_failures,
+    )
+    .context("warm up")
 }
 
 /// Fails with the first failure, unless failures are allowed, and where nothing at all was answered.
@@ -153,7 +159,11 @@ async fn connect(arguments: &BenchArgs, router: &Router) -> anyhow::Result<(Targ
             }
             model => model.to_owned(),
         };
-        return Ok((Target::Grpc(grpc::Client::new(inference)), router.to_string(), model));
+        return Ok((
+            Target::Grpc(grpc::Client::new(inference)),
+            router.to_string(),
+            model,
+        ));
     }
     let url = match &arguments.url {
         Some(url) => url.clone(),
@@ -173,7 +183,10 @@ async fn url_of(router: &Router) -> String {
     let nodes = asked.await.map_or_else(|_| Vec::new(), |status| status.nodes);
     let scheme = if router.tls().is_some() { "https" } else { "http" };
     let found = nodes.into_iter().find(|node| node.record.role == Role::Router);
-    found.map_or_else(|| URL.to_owned(), |node| format!("{scheme}://{}", node.record.http_endpoint))
+    found.map_or_else(
+        || URL.to_owned(),
+        |node| format!("{scheme}://{}", node.record.http_endpoint),
+    )
 }
 
 fn plan_of(arguments: &BenchArgs) -> anyhow::Result<Plan> {
@@ -225,7 +238,11 @@ fn content(arguments: &BenchArgs) -> anyhow::Result<Content> {
     };
     let speed = arguments.load.speed;
     if !(speed.is_finite() && (1e-6..=1e6).contains(&speed)) {
-        return Err(Error::invalid("speed", format!("--speed is {speed}, but must be from 1e-6 to 1e6")).into());
+        return Err(Error::invalid(
+            "speed",
+            format!("--speed is {speed}, but must be from 1e-6 to 1e6"),
+        )
+        .into());
     }
     Ok(Content::Trace {
         requests: trace(path)?,

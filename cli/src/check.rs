@@ -256,7 +256,11 @@ async fn of_members(router: &Router) -> anyhow::Result<(Vec<Finding>, Vec<NodeRe
 }
 
 /// Sends a chat request, if one is wanted.
-async fn of_chat(flags: &ChatFlags, settings: tls::Config, router: &Router) -> anyhow::Result<Option<Finding>> {
+async fn of_chat(
+    flags: &ChatFlags,
+    settings: tls::Config,
+    router: &Router,
+) -> anyhow::Result<Option<Finding>> {
     let Some(url) = &flags.chat else {
         return Ok(None);
     };

@@ -27,8 +27,8 @@ mod route;
 mod settings;
 mod sim;
 mod status;
-mod top;
 mod tenants;
+mod top;
 mod transfers;
 mod up;
 

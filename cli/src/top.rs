@@ -55,7 +55,9 @@ pub(crate) async fn run(arguments: TopArgs, router: &Router, format: Format) -> 
     if arguments.once || !format.streams_text() {
         let document = serde_json::to_value(&first)?;
         let (width, height) = (arguments.width, arguments.height);
-        return format.print(&output::View::new(document, |_| draw::text(&first, width, height)));
+        return format.print(&output::View::new(document, |_| {
+            draw::text(&first, width, height)
+        }));
     }
     if !std::io::stdout().is_terminal() {
         let message = "top needs a terminal: --once prints one frame, -o json the figures";

@@ -53,10 +53,12 @@ impl Report {
             serde_json::from_str(&printed).unwrap_or_else(|error| panic!("{error}: {printed}{complained}"));
         let findings = report["findings"].as_array().expect("findings").iter();
         let text = |finding: &Value, name: &str| finding[name].as_str().expect("text").to_owned();
-        let bad = findings.filter(|finding| finding["level"] == "failed").map(|finding| {
-            let message = format!("{}: {}", finding["subjects"], text(finding, "message"));
-            (text(finding, "group"), message, text(finding, "hint"))
-        });
+        let bad = findings
+            .filter(|finding| finding["level"] == "failed")
+            .map(|finding| {
+                let message = format!("{}: {}", finding["subjects"], text(finding, "message"));
+                (text(finding, "group"), message, text(finding, "hint"))
+            });
         Self {
             code: output.status.code().expect("no signal ended it"),
             bad: bad.collect(),
@@ -65,9 +67,10 @@ impl Report {
 
     /// That one of the failures is this one, and says what to do.
     fn names(&self, group: &str, cause: &str, remedy: &str) {
-        let named = self.bad.iter().any(|(of, message, hint)| {
-            of == group && message.contains(cause) && hint.contains(remedy)
-        });
+        let named = self
+            .bad
+            .iter()
+            .any(|(of, message, hint)| of == group && message.contains(cause) && hint.contains(remedy));
         assert!(named, "{group}: {cause:?} ({remedy:?}) is not in {self:#?}");
         assert_eq!(self.code, UNHEALTHY, "{self:#?}");
     }
@@ -95,10 +98,21 @@ fn a_healthy_cluster_is_told_to_be_healthy() {
     let cluster = Cluster::start(&model, &["--prefill", "1", "--decode", "1"]);
     let router = cluster.ready.grpc.trim_start_matches("http://");
     let registry = format!("registry.url={}", cluster.ready.registry);
-    let healthy = ["--router", router, "--set", &registry, "--model", model.to_str().expect("UTF-8")];
+    let healthy = [
+        "--router",
+        router,
+        "--set",
+        &registry,
+        "--model",
+        model.to_str().expect("UTF-8"),
+    ];
     let report = doctor(&healthy);
     assert_eq!((report.code, report.bad.len()), (0, 0), "{report:#?}");
-    let output = Command::new(perigee()).arg("doctor").args(healthy).output().expect("start");
+    let output = Command::new(perigee())
+        .arg("doctor")
+        .args(healthy)
+        .output()
+        .expect("start");
     let text = String::from_utf8(output.stdout).expect("UTF-8");
     for said in [
         "√ the settings are valid",
@@ -116,7 +130,11 @@ fn a_healthy_cluster_is_told_to_be_healthy() {
 fn a_registry_that_is_not_there_is_named() {
     let nobody = format!("127.0.0.1:{}", free_port());
     let report = doctor(&["--set", &format!("registry.url=etcd://{nobody}")]);
-    report.names("registry", &format!("{nobody}: Connection refused"), "start etcd there");
+    report.names(
+        "registry",
+        &format!("{nobody}: Connection refused"),
+        "start etcd there",
+    );
 
     // Something else than a registry listens.
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -136,21 +154,39 @@ fn another_model_file_than_the_clusters_is_named() {
     let other = tiny(folder.path(), 2);
     let other = other.to_str().expect("UTF-8");
     let report = doctor(&["--router", router, "--model", other, "--model-name", "tiny"]);
-    report.names("model", "is another file than decode-0 serves as tiny", "the same file");
+    report.names(
+        "model",
+        "is another file than decode-0 serves as tiny",
+        "the same file",
+    );
 
     // The node itself is refused, for the same reason.
     let mut node = Process::start(
-        Command::new(perigee()).args(["decode", "--id", "other", "--model", other, "--model-name", "tiny"]).args([
-            "--registry",
-            &cluster.ready.registry,
-        ]),
+        Command::new(perigee())
+            .args([
+                "decode",
+                "--id",
+                "other",
+                "--model",
+                other,
+                "--model-name",
+                "tiny",
+            ])
+            .args(["--registry", &cluster.ready.registry]),
         folder.path(),
         "other",
     );
     assert_eq!(node.wait(), Some(73), "{}", node.log());
 
     let same = tiny(folder.path(), 1);
-    let same = ["--router", router, "--model", same.to_str().expect("UTF-8"), "--model-name", "tiny"];
+    let same = [
+        "--router",
+        router,
+        "--model",
+        same.to_str().expect("UTF-8"),
+        "--model-name",
+        "tiny",
+    ];
     doctor(&same).is_silent_on("model");
     let report = doctor(&[&same[..], &["--block-tokens", "64"]].concat());
     report.names("model", "kv.block_tokens here is 64", "the same settings");
@@ -181,7 +217,10 @@ impl Node for Odd {
 
     type WatchLoadStream = Pin<Box<dyn Stream<Item = Result<v1::LoadReport, Status>> + Send>>;
 
-    async fn watch_load(&self, _: Request<v1::WatchLoadRequest>) -> Result<Response<Self::WatchLoadStream>, Status> {
+    async fn watch_load(
+        &self,
+        _: Request<v1::WatchLoadRequest>,
+    ) -> Result<Response<Self::WatchLoadStream>, Status> {
         Err(Status::unimplemented("none"))
     }
 
@@ -193,7 +232,10 @@ impl Node for Odd {
         Err(Status::unimplemented("none"))
     }
 
-    async fn log_level(&self, _: Request<v1::LogLevelRequest>) -> Result<Response<v1::LogLevelResponse>, Status> {
+    async fn log_level(
+        &self,
+        _: Request<v1::LogLevelRequest>,
+    ) -> Result<Response<v1::LogLevelResponse>, Status> {
         Err(Status::unimplemented("none"))
     }
 }
@@ -215,7 +257,9 @@ fn odd_record(address: SocketAddr) -> NodeRecord {
 
 /// Makes such a node a member of the cluster, and examines it.
 async fn with_odd_node(cluster: &Cluster, version: &'static str, ahead_ms: u64) -> Report {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("a port");
     let record = odd_record(listener.local_addr().expect("bound"));
     let odd = Odd {
         record: record.clone(),
@@ -226,11 +270,20 @@ async fn with_odd_node(cluster: &Cluster, version: &'static str, ahead_ms: u64) 
     let serving = tokio::spawn(served.serve_with_incoming(TcpListenerStream::new(listener)));
     let end = CancellationToken::new();
     let config = registry::Config::default();
-    let registry = registry::connect(&cluster.ready.registry, &config, end.clone()).await.expect("the registry");
+    let registry = registry::connect(&cluster.ready.registry, &config, end.clone())
+        .await
+        .expect("the registry");
     let registration = registry.register(record).await.expect("registered");
     wait_for_status(&mut cluster.client().await, |status| {
-        let known = status.nodes.iter().any(|node| node.record_json.contains("\"odd\""));
-        if known { Ok(()) } else { Err("the router does not know of the node".to_owned()) }
+        let known = status
+            .nodes
+            .iter()
+            .any(|node| node.record_json.contains("\"odd\""));
+        if known {
+            Ok(())
+        } else {
+            Err("the router does not know of the node".to_owned())
+        }
     })
     .await;
     let router = cluster.ready.grpc.trim_start_matches("http://").to_owned();
@@ -266,7 +319,10 @@ fn a_memlock_limit_below_the_pool_is_named() {
         let arguments = format!("--transport ucx --kv-memory {pool}");
         let mut command = Command::new("sh");
         // Limits of a shell are those of what it becomes.
-        let line = format!("ulimit -l 64 && exec {} doctor -o json {arguments}", perigee().display());
+        let line = format!(
+            "ulimit -l 64 && exec {} doctor -o json {arguments}",
+            perigee().display()
+        );
         command.args(["-c", &line]).env("HOME", "/");
         if is_root() {
             // Root may lock whatever the limit is.
@@ -274,7 +330,11 @@ fn a_memlock_limit_below_the_pool_is_named() {
         }
         Report::of(&mut command)
     };
-    shell("64MiB").names("memory", "memlock limit of 64.0 KiB is below the pool of 64.0 MiB", "ulimit -l");
+    shell("64MiB").names(
+        "memory",
+        "memlock limit of 64.0 KiB is below the pool of 64.0 MiB",
+        "ulimit -l",
+    );
 }
 
 #[test]
@@ -312,13 +372,22 @@ fn a_disk_without_room_is_named() {
     let folder = tempfile::tempdir().expect("folder");
     let path = folder.path().to_str().expect("UTF-8").to_owned();
     let of = |path: &str, capacity: &str| {
-        doctor(&["--set", &format!("kv.disk_path={path}"), "--set", &format!("kv.disk_capacity={capacity}")])
+        doctor(&[
+            "--set",
+            &format!("kv.disk_path={path}"),
+            "--set",
+            &format!("kv.disk_capacity={capacity}"),
+        ])
     };
     of(&path, "4096TiB").names("disk", "is too full", "kv.disk_capacity");
     of(&path, "1MiB").is_silent_on("disk");
     if is_root() {
         let small = SmallDisk::mount(folder.path());
-        of(&path, "2MiB").names("disk", "1.0 MiB are free, but kv.disk_capacity of 2.0 MiB", "free space");
+        of(&path, "2MiB").names(
+            "disk",
+            "1.0 MiB are free, but kv.disk_capacity of 2.0 MiB",
+            "free space",
+        );
         fs::write(folder.path().join("full"), vec![1; 1 << 20]).expect("it has room for this");
         of(&path, "512KiB").names("disk", "0 B are free", "free space");
         drop(small);
@@ -334,7 +403,11 @@ impl SmallDisk {
             .args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"])
             .arg(path)
             .status();
-        assert!(mount.expect("mount").success(), "a file system for {}", path.display());
+        assert!(
+            mount.expect("mount").success(),
+            "a file system for {}",
+            path.display()
+        );
         Self(path.to_owned())
     }
 }
@@ -367,10 +440,22 @@ fn a_cluster_without_a_decode_node_is_named() {
     let _router = Process::start(&mut router, folder.path(), "router");
     let address = format!("127.0.0.1:{port}");
     wait_for("the router to answer", || {
-        let status = Command::new(perigee()).args(["status", "--router", &address]).output().expect("start");
+        let status = Command::new(perigee())
+            .args(["status", "--router", &address])
+            .output()
+            .expect("start");
         status.status.success().then_some(())
     });
-    let report = doctor(&["--router", &address, "--set", &format!("registry.url={}", etcd.url())]);
-    report.names("members", "no request can be served without a decode node", "start one");
+    let report = doctor(&[
+        "--router",
+        &address,
+        "--set",
+        &format!("registry.url={}", etcd.url()),
+    ]);
+    report.names(
+        "members",
+        "no request can be served without a decode node",
+        "start one",
+    );
     report.is_silent_on("registry");
 }

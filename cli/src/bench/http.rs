@@ -43,9 +43,15 @@ impl Client {
     /// The URL cannot be used, or the machine's authorities cannot be read.
     pub(super) fn new(url: &str, key: Option<&ApiKey>) -> Result<Self, Error> {
         let base = url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
-        let scheme = base.parse::<Uri>().ok().and_then(|uri| uri.scheme_str().map(str::to_owned));
+        let scheme = base
+            .parse::<Uri>()
+            .ok()
+            .and_then(|uri| uri.scheme_str().map(str::to_owned));
         if !matches!(scheme.as_deref(), Some("http" | "https")) {
-            return Err(Error::invalid("url", format!("{url:?} is not of the form http://HOST:PORT")));
+            return Err(Error::invalid(
+                "url",
+                format!("{url:?} is not of the form http://HOST:PORT"),
+            ));
         }
         let mut tcp = HttpConnector::new();
         tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
@@ -77,7 +83,9 @@ impl Client {
             whole(response).await
         };
         let late = |_| Error::unavailable(format!("{} does not list its models", self.base));
-        let body = tokio::time::timeout(MODELS_TIMEOUT, asked).await.map_err(late)??;
+        let body = tokio::time::timeout(MODELS_TIMEOUT, asked)
+            .await
+            .map_err(late)??;
         let models: Value = serde_json::from_slice(&body).unwrap_or_default();
         let model = models["data"][0]["id"].as_str();
         let none = || Error::new(ErrorCode::NotFound, format!("{} serves no model", self.base));
@@ -124,7 +132,8 @@ impl Client {
             .body(body)
             .map_err(|error| Error::invalid("url", format!("{}{path}: {error}", self.base)))?;
         let response = self.client.request(request).await.map_err(|error| {
-            let cause = std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
+            let cause =
+                std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
             Error::unavailable(format!("{}: {error}{cause}", self.base))
         })?;
         let status = response.status();
@@ -221,7 +230,9 @@ async fn whole(response: Response<Incoming>) -> Result<Vec<u8>, Error> {
     while let Some(more) = next(&mut body).await? {
         bytes.extend_from_slice(&more);
         if bytes.len() > BODY_BYTES_MAX {
-            return Err(Error::internal(format!("an answer of more than {BODY_BYTES_MAX} bytes")));
+            return Err(Error::internal(format!(
+                "an answer of more than {BODY_BYTES_MAX} bytes"
+            )));
         }
     }
     Ok(bytes)
@@ -242,11 +253,26 @@ mod tests {
     fn pieces_with_text_alone_are_content() {
         let usage = json!({ "prompt_tokens": 3, "completion_tokens": 2 });
         for (data, piece) in [
-            (r#"{"choices":[{"delta":{"role":"assistant","content":""}}]}"#.to_owned(), Piece::Other),
-            (r#"{"choices":[{"delta":{"content":"a"}}]}"#.to_owned(), Piece::Content),
-            (r#"{"choices":[{"text":"a"}],"usage":null}"#.to_owned(), Piece::Content),
-            (r#"{"choices":[{"delta":{},"finish_reason":"length"}]}"#.to_owned(), Piece::Other),
-            (format!(r#"{{"choices":[],"usage":{usage}}}"#), Piece::Usage(usage)),
+            (
+                r#"{"choices":[{"delta":{"role":"assistant","content":""}}]}"#.to_owned(),
+                Piece::Other,
+            ),
+            (
+                r#"{"choices":[{"delta":{"content":"a"}}]}"#.to_owned(),
+                Piece::Content,
+            ),
+            (
+                r#"{"choices":[{"text":"a"}],"usage":null}"#.to_owned(),
+                Piece::Content,
+            ),
+            (
+                r#"{"choices":[{"delta":{},"finish_reason":"length"}]}"#.to_owned(),
+                Piece::Other,
+            ),
+            (
+                format!(r#"{{"choices":[],"usage":{usage}}}"#),
+                Piece::Usage(usage),
+            ),
             ("[DONE]".to_owned(), Piece::Done),
         ] {
             assert_eq!(read(&event("", &data)).expect("a piece"), piece, "{data}");
@@ -256,7 +282,11 @@ mod tests {
     #[test]
     fn refusals_keep_their_code() {
         for (status, body, code) in [
-            (429, r#"{"error":{"message":"busy","code":"overloaded"}}"#, ErrorCode::Overloaded),
+            (
+                429,
+                r#"{"error":{"message":"busy","code":"overloaded"}}"#,
+                ErrorCode::Overloaded,
+            ),
             (429, "slow down", ErrorCode::Overloaded),
             (503, "", ErrorCode::Unavailable),
             (422, "{}", ErrorCode::Invalid),
@@ -274,7 +304,10 @@ mod tests {
 
     #[test]
     fn urls_are_checked() {
-        assert!(Client::new("http://127.0.0.1:8080/v1/", None).is_ok_and(|client| client.base == "http://127.0.0.1:8080"));
+        assert!(
+            Client::new("http://127.0.0.1:8080/v1/", None)
+                .is_ok_and(|client| client.base == "http://127.0.0.1:8080")
+        );
         for url in ["127.0.0.1:8080", "", "ftp://host", "http:// x"] {
             assert!(Client::new(url, None).is_err(), "{url}");
         }

@@ -200,7 +200,9 @@ pub(super) fn read_trace(text: &str) -> Result<Vec<Traced>, TraceError> {
     let mut requests = trace::each_line(text, |line| {
         let prompt_tokens = line.prompt_tokens(TRACE_BLOCK_TOKENS)?;
         if prompt_tokens > TOKENS_MAX {
-            return Err(format!("a prompt of {prompt_tokens} tokens, but at most {TOKENS_MAX} are sent"));
+            return Err(format!(
+                "a prompt of {prompt_tokens} tokens, but at most {TOKENS_MAX} are sent"
+            ));
         }
         Ok(Traced {
             at: line.at()?,

@@ -95,17 +95,29 @@ impl Limits {
 impl Report {
     /// The figures of `samples`.
     pub(super) fn of(samples: &[Sample], limits: Limits) -> Self {
-        let answers: Vec<&Answer> = samples.iter().filter_map(|sample| sample.outcome.as_ref().ok()).collect();
+        let answers: Vec<&Answer> = samples
+            .iter()
+            .filter_map(|sample| sample.outcome.as_ref().ok())
+            .collect();
         let (requests, errors) = count(samples);
         let first = samples.iter().map(|sample| sample.sent).min().unwrap_or_default();
-        let last = samples.iter().map(|sample| sample.ended).max().unwrap_or_default();
+        let last = samples
+            .iter()
+            .map(|sample| sample.ended)
+            .max()
+            .unwrap_or_default();
         let duration_s = last.saturating_sub(first).as_secs_f64();
         let per_s = |count: u64| count as f64 / duration_s.max(f64::MIN_POSITIVE);
         let sum = |of: fn(&Answer) -> u64| answers.iter().map(|answer| of(answer)).sum::<u64>();
         let (input, output) = (sum(|one| one.prompt_tokens), sum(|one| one.output_tokens));
         let mean = |sum: u64| sum as f64 / answers.len().max(1) as f64;
-        let summary = |of: fn(&Answer) -> Option<f64>| Summary::of(answers.iter().filter_map(|one| of(one)).collect());
-        let gaps = || answers.iter().flat_map(|answer| answer.gaps_ms.iter().map(|gap| f64::from(*gap)));
+        let summary =
+            |of: fn(&Answer) -> Option<f64>| Summary::of(answers.iter().filter_map(|one| of(one)).collect());
+        let gaps = || {
+            answers
+                .iter()
+                .flat_map(|answer| answer.gaps_ms.iter().map(|gap| f64::from(*gap)))
+        };
         let gap_count = answers.iter().map(|answer| answer.gaps_ms.len()).sum::<usize>();
         let goodput = (limits != Limits::default()).then(|| {
             let met = answers.iter().filter(|answer| limits.met_by(answer)).count() as u64;
@@ -188,7 +200,10 @@ impl Report {
             );
         }
         if self.lag_ms.p99 > 10.0 {
-            text += &format!("requests were sent late, by {:.0} ms at p99: this end is too slow\n", self.lag_ms.p99);
+            text += &format!(
+                "requests were sent late, by {:.0} ms at p99: this end is too slow\n",
+                self.lag_ms.p99
+            );
         }
         for (code, failures) in &self.errors {
             text += &format!("{} {code}: {}\n", failures.count, failures.first);
@@ -251,22 +266,34 @@ pub(super) fn sample_json(sample: &Sample) -> Value {
 
 /// Times to first token as they came, and the distributions.
 pub(super) fn svg(title: &str, samples: &[Sample]) -> String {
-    let answered = || samples.iter().filter_map(|sample| Some((sample, sample.outcome.as_ref().ok()?)));
+    let answered = || {
+        samples
+            .iter()
+            .filter_map(|sample| Some((sample, sample.outcome.as_ref().ok()?)))
+    };
     let mut over_time: Vec<(f64, f64)> = answered()
         .map(|(sample, answer)| (sample.sent.as_secs_f64(), answer.ttft_ms))
         .collect();
     over_time.sort_by(|one, other| one.0.total_cmp(&other.0));
     let distribution = |name: &str, values: Vec<f64>| {
         let percentiles = percentiles(values).into_iter().enumerate();
-        let points = percentiles.map(|(index, value)| (value, (index + 1) as f64)).collect();
+        let points = percentiles
+            .map(|(index, value)| (value, (index + 1) as f64))
+            .collect();
         (name.to_owned(), points)
     };
     let gaps = answered().flat_map(|(_, answer)| answer.gaps_ms.iter().map(|gap| f64::from(*gap)));
     let distributions = vec![
         distribution("TTFT", answered().map(|(_, answer)| answer.ttft_ms).collect()),
         distribution("TBT", gaps.take(GAPS_MAX).collect()),
-        distribution("TPOT", answered().filter_map(|(_, answer)| tpot_ms(answer)).collect()),
-        distribution("whole answer", answered().map(|(_, answer)| answer.latency_ms).collect()),
+        distribution(
+            "TPOT",
+            answered().filter_map(|(_, answer)| tpot_ms(answer)).collect(),
+        ),
+        distribution(
+            "whole answer",
+            answered().map(|(_, answer)| answer.latency_ms).collect(),
+        ),
     ];
     plot::stacked(&[
         Plot {

@@ -85,11 +85,17 @@ mod tests {
 
     #[test]
     fn events_are_the_same_in_all_pieces() {
-        let expected = [event("", "{\"a\": 1}"), event("error", "x\ny"), event("", "[DONE]")];
+        let expected = [
+            event("", "{\"a\": 1}"),
+            event("error", "x\ny"),
+            event("", "[DONE]"),
+        ];
         for size in 1..=TEXT.len() {
             let mut reader = Reader::default();
             let pieces = TEXT.as_bytes().chunks(size);
-            let events: Vec<Event> = pieces.flat_map(|piece| reader.push(piece).expect("text")).collect();
+            let events: Vec<Event> = pieces
+                .flat_map(|piece| reader.push(piece).expect("text"))
+                .collect();
             assert_eq!(events, expected, "in pieces of {size} bytes");
         }
     }

@@ -121,7 +121,10 @@ mod tests {
         let answer = watch.answer(5, 2, None).expect("content");
         assert_eq!((answer.ttft_ms, answer.latency_ms), (100.0, 130.0));
         assert_eq!(answer.gaps_ms, [10.0, 20.0]);
-        assert_eq!((answer.prompt_tokens, answer.cached_tokens, answer.output_tokens), (5, 2, 3));
+        assert_eq!(
+            (answer.prompt_tokens, answer.cached_tokens, answer.output_tokens),
+            (5, 2, 3)
+        );
     }
 
     #[test]

@@ -143,7 +143,11 @@ fn judge_node(node: &Answered) -> Finding {
 /// Members are compared with this machine, which is as good as any other: where it is the one that is wrong, all of them are told.
 fn judge_clocks(nodes: &[Answered]) -> Vec<Finding> {
     const GROUP: &str = "clocks";
-    let clocks = || nodes.iter().filter_map(|node| Some((node.record.id.as_str(), node.clock?)));
+    let clocks = || {
+        nodes
+            .iter()
+            .filter_map(|node| Some((node.record.id.as_str(), node.clock?)))
+    };
     let mut findings: Vec<Finding> = clocks()
         .filter(|(_, clock)| clock.ahead_ms.abs() > CLOCK_SKEW_MAX_MS + clock.error_ms)
         .map(|(id, clock)| {

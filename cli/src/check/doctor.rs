@@ -46,11 +46,7 @@ pub(crate) struct DoctorArgs {
 }
 
 /// Examines settings, machine and cluster, prints, and fails with [`super::Unhealthy`] where something is wrong.
-pub(crate) async fn run(
-    arguments: DoctorArgs,
-    target: &Target,
-    format: Format,
-) -> anyhow::Result<()> {
+pub(crate) async fn run(arguments: DoctorArgs, target: &Target, format: Format) -> anyhow::Result<()> {
     format.without_names()?;
     super::conclude(examine(&arguments, target).await?, format)
 }
@@ -63,10 +59,16 @@ async fn examine(arguments: &DoctorArgs, target: &Target) -> anyhow::Result<Vec<
     let (tls, certificate) = super::own_certificate(&shown);
     findings.extend(certificate);
     findings.extend(super::judge_keys(settings));
-    findings.extend(machine::judge_registry(&read_registry(settings, tls.clone()).await));
+    findings.extend(machine::judge_registry(
+        &read_registry(settings, tls.clone()).await,
+    ));
     findings.extend(read_disk(settings).as_ref().map(machine::judge_disk));
     let facts = super::host_facts(settings).await?;
-    findings.extend(machine::judge_memlock(&facts, settings.transfer.transport, settings.kv.memory.0));
+    findings.extend(machine::judge_memlock(
+        &facts,
+        settings.transfer.transport,
+        settings.kv.memory.0,
+    ));
     findings.extend(super::judge_host(settings, &facts).await);
     let ports = read_ports(settings);
     // Nobody can be asked without certificates that are to be shown.
@@ -168,7 +170,9 @@ fn holder(port: u16) -> Option<String> {
 /// tenth.
 fn listening(table: &str, port: u16) -> Vec<&str> {
     let suffix = format!(":{port:04X}");
-    let words = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let words = table
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>());
     let listening = words.filter(|words| words.get(1).is_some_and(|local| local.ends_with(&suffix)));
     listening
         .filter(|words| words.get(3) == Some(&LISTENING))

@@ -100,9 +100,13 @@ pub(super) fn judge_port(facts: &PortFacts, members: &[NodeRecord]) -> Finding {
     } = facts;
     let transfer = format!("tcp://{endpoint}");
     let holds = |record: &&NodeRecord| {
-        [&record.grpc_endpoint, &record.http_endpoint, &record.transfer_endpoint]
-            .into_iter()
-            .any(|own| own == endpoint || *own == transfer)
+        [
+            &record.grpc_endpoint,
+            &record.http_endpoint,
+            &record.transfer_endpoint,
+        ]
+        .into_iter()
+        .any(|own| own == endpoint || *own == transfer)
     };
     match state {
         PortState::Free => Finding::passed(PORTS, "", format!("{setting} {port} is free")),
@@ -113,9 +117,11 @@ pub(super) fn judge_port(facts: &PortFacts, members: &[NodeRecord]) -> Finding {
             "node.listen must be an address of this machine, and ports below 1024 need a privilege",
         ),
         PortState::Taken(holder) => match (members.iter().find(holds), holder) {
-            (Some(member), _) => {
-                Finding::passed(PORTS, "", format!("{setting} {port} is that of {}, which runs here", member.id))
-            }
+            (Some(member), _) => Finding::passed(
+                PORTS,
+                "",
+                format!("{setting} {port} is that of {}, which runs here", member.id),
+            ),
             (None, holder) => {
                 let by = holder.as_deref().unwrap_or("another process");
                 Finding::failed(
@@ -171,7 +177,11 @@ pub(super) fn judge_disk(facts: &DiskFacts) -> Finding {
         Ok(free) => Finding::passed(
             DISK,
             "",
-            format!("{path} has room for {}: {} are free", bytes(*capacity), bytes(*free)),
+            format!(
+                "{path} has room for {}: {} are free",
+                bytes(*capacity),
+                bytes(*free)
+            ),
         ),
     }
 }
@@ -183,7 +193,11 @@ pub(super) fn judge_memlock(facts: &HostFacts, transport: Transport, pool_bytes:
     }
     let limit = facts.memlock_bytes.map_or_else(|| "no limit".to_owned(), bytes);
     if facts.can_lock(pool_bytes) {
-        return Some(Finding::passed(MEMORY, "", format!("the pool of {} may be locked", bytes(pool_bytes))));
+        return Some(Finding::passed(
+            MEMORY,
+            "",
+            format!("the pool of {} may be locked", bytes(pool_bytes)),
+        ));
     }
     Some(match transport {
         Transport::Ucx => Finding::failed(
@@ -204,7 +218,12 @@ pub(super) fn judge_memlock(facts: &HostFacts, transport: Transport, pool_bytes:
 }
 
 /// Judges the model's file: nodes of one name share blocks, so all must be of one file.
-pub(super) fn judge_model(path: &str, name: &str, own: &Result<KvSpace, String>, members: &[NodeRecord]) -> Option<Finding> {
+pub(super) fn judge_model(
+    path: &str,
+    name: &str,
+    own: &Result<KvSpace, String>,
+    members: &[NodeRecord],
+) -> Option<Finding> {
     let own = match own {
         Ok(own) => own,
         Err(reason) => {
@@ -228,14 +247,21 @@ pub(super) fn judge_model(path: &str, name: &str, own: &Result<KvSpace, String>,
             shown(&theirs.model_digest)
         )
     } else if own.arithmetic != theirs.arithmetic || own.layout.dtype != theirs.layout.dtype {
-        format!("{} serves {name} in {}, but model.precision here is {}", member.id, theirs.arithmetic, own.arithmetic)
+        format!(
+            "{} serves {name} in {}, but model.precision here is {}",
+            member.id, theirs.arithmetic, own.arithmetic
+        )
     } else if own.layout.block_tokens != theirs.layout.block_tokens {
         format!(
             "{} serves {name} in blocks of {} tokens, but kv.block_tokens here is {}",
             member.id, theirs.layout.block_tokens, own.layout.block_tokens
         )
     } else {
-        return Some(Finding::passed(MODEL, "", format!("{path} is what the cluster serves as {name}")));
+        return Some(Finding::passed(
+            MODEL,
+            "",
+            format!("{path} is what the cluster serves as {name}"),
+        ));
     };
     Some(Finding::failed(
         MODEL,

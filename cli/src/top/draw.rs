@@ -55,14 +55,18 @@ fn render(buffer: &mut Buffer, area: Rect, snapshot: &Snapshot, view: &View) {
 
 fn header(snapshot: &Snapshot, view: &View) -> Vec<Line<'static>> {
     let figures = &snapshot.cluster;
-    let mut first = vec![Span::from("perigee top").bold(), Span::from(format!("  {}", snapshot.router))];
+    let mut first = vec![
+        Span::from("perigee top").bold(),
+        Span::from(format!("  {}", snapshot.router)),
+    ];
     if view.paused {
         first.push(Span::from("  paused").fg(Color::Yellow));
     }
     if let Some(trouble) = &view.trouble {
         first.push(Span::from(format!("  {trouble}")).fg(Color::Red));
     }
-    let span = |summary: &sim::report::Summary| format!("p50 {}, p99 {}", time(summary.p50), time(summary.p99));
+    let span =
+        |summary: &sim::report::Summary| format!("p50 {}, p99 {}", time(summary.p50), time(summary.p99));
     vec![
         Line::from(first),
         Line::from(format!(
@@ -103,7 +107,11 @@ fn node_row(node: &NodeRow) -> Row<'static> {
         Cell::from(node.state).fg(colour),
         Cell::from(node.running.to_string()),
         Cell::from(node.queued.to_string()),
-        Cell::from(if has_pool { bar(node.kv_used, node.kv_cached) } else { String::new() }),
+        Cell::from(if has_pool {
+            bar(node.kv_used, node.kv_cached)
+        } else {
+            String::new()
+        }),
         Cell::from(match node.tokens_per_s {
             rate if rate > 0.0 => format!("{rate:.0}"),
             _ => "-".to_owned(),
@@ -159,7 +167,11 @@ fn table(
         index if index == sort => Cell::from(format!("{name}↓")),
         _ => Cell::from(*name),
     });
-    let style = if focused { Style::new().bold() } else { Style::new().dim() };
+    let style = if focused {
+        Style::new().bold()
+    } else {
+        Style::new().dim()
+    };
     Table::new(rows, widths.iter().map(|width| Constraint::Length(*width)))
         .header(Row::new(names).style(style))
         .column_spacing(1)

@@ -76,12 +76,22 @@ pub(super) struct RequestRow {
 pub(super) async fn ask(router: &Router, now_unix_ms: u64) -> Result<Snapshot, Error> {
     let (inference, requests) = (router.inference()?, Requests::new(router.channel()?));
     let (status, requests) = tokio::join!(inference.cluster_status(), requests.list(false, None));
-    Ok(Snapshot::of(&router.to_string(), &status?, &requests?, now_unix_ms))
+    Ok(Snapshot::of(
+        &router.to_string(),
+        &status?,
+        &requests?,
+        now_unix_ms,
+    ))
 }
 
 impl Snapshot {
     /// What these answers say at `now_unix_ms`.
-    pub(super) fn of(router: &str, status: &ClusterStatus, requests: &[RequestTimeline], now_unix_ms: u64) -> Self {
+    pub(super) fn of(
+        router: &str,
+        status: &ClusterStatus,
+        requests: &[RequestTimeline],
+        now_unix_ms: u64,
+    ) -> Self {
         let (ended, running): (Vec<_>, Vec<_>) = requests.iter().partition(|request| has_ended(request));
         Self {
             router: router.to_owned(),
@@ -106,7 +116,11 @@ fn figures(ended: &[&RequestTimeline], now_unix_ms: u64) -> Figures {
     let recent = |request: &&&RequestTimeline| ended_at(request) + WINDOW_MS >= now_unix_ms;
     let recent: Vec<&RequestTimeline> = ended.iter().filter(recent).copied().collect();
     // Where the router keeps no more of them, the window is shorter.
-    let oldest = recent.iter().map(|request| ended_at(request)).min().unwrap_or(now_unix_ms);
+    let oldest = recent
+        .iter()
+        .map(|request| ended_at(request))
+        .min()
+        .unwrap_or(now_unix_ms);
     let forgets = recent.len() == ended.len() && ended.len() >= LISTED_MAX / 2;
     let window_ms = match forgets {
         true => now_unix_ms.saturating_sub(oldest).clamp(1_000, WINDOW_MS),
@@ -129,7 +143,8 @@ fn figures(ended: &[&RequestTimeline], now_unix_ms: u64) -> Figures {
         output_tokens_per_s: per_s(sum(|request| request.output_tokens)),
         ttft_ms: times(|request| request.ttft_ms),
         tbt_ms: times(|request| request.tbt_mean_ms),
-        hit_ratio: sum(|request| request.cached_tokens) as f64 / sum(|request| request.prompt_tokens).max(1) as f64,
+        hit_ratio: sum(|request| request.cached_tokens) as f64
+            / sum(|request| request.prompt_tokens).max(1) as f64,
         rejected,
         failed: recent.len() as u64 - ok - rejected - of_state("cancelled"),
     }
@@ -162,7 +177,10 @@ fn tokens_per_s(role: Role, load: &LoadReport) -> f64 {
     let rate = |tokens: u64, ms: f64| if ms > 0.0 { tokens as f64 * 1e3 / ms } else { 0.0 };
     match role {
         Role::Decode => rate(load.running_sequences, load.decode_step_ms),
-        Role::Prefill => rate(u64::from(load.queued_prefill_tokens > 0), load.prefill_ms_per_token),
+        Role::Prefill => rate(
+            u64::from(load.queued_prefill_tokens > 0),
+            load.prefill_ms_per_token,
+        ),
         Role::Store | Role::Router => 0.0,
     }
 }

@@ -7,7 +7,8 @@ use super::snapshot::{NodeRow, RequestRow, Snapshot};
 /// Columns of the nodes.
 pub(super) const NODE_COLUMNS: [&str; 7] = ["NODE", "ROLE", "STATE", "RUN", "QUEUE", "KV", "TOKENS/S"];
 /// Columns of the requests.
-pub(super) const REQUEST_COLUMNS: [&str; 7] = ["REQUEST", "STATE", "AGE", "PROMPT", "CACHED", "OUTPUT", "NODES"];
+pub(super) const REQUEST_COLUMNS: [&str; 7] =
+    ["REQUEST", "STATE", "AGE", "PROMPT", "CACHED", "OUTPUT", "NODES"];
 
 /// What keys act on.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -110,7 +111,9 @@ mod tests {
     use crate::top::snapshot::tests::snapshot;
 
     fn press(view: &mut View, codes: &[KeyCode]) -> Wish {
-        let wishes = codes.iter().map(|code| view.key(KeyEvent::new(*code, KeyModifiers::NONE)));
+        let wishes = codes
+            .iter()
+            .map(|code| view.key(KeyEvent::new(*code, KeyModifiers::NONE)));
         wishes.last().expect("a key")
     }
 
@@ -118,15 +121,40 @@ mod tests {
     fn keys_sort_scroll_switch_and_pause() {
         let snapshot = snapshot();
         let mut view = View::default();
-        let ids = |view: &View| view.nodes(&snapshot).iter().map(|node| node.id.clone()).collect::<Vec<_>>();
+        let ids = |view: &View| {
+            view.nodes(&snapshot)
+                .iter()
+                .map(|node| node.id.clone())
+                .collect::<Vec<_>>()
+        };
         assert_eq!(ids(&view)[0], "prefill-0");
         assert_eq!(press(&mut view, &[KeyCode::Right; 5]), Wish::Stay);
-        assert_eq!(ids(&view)[..2], ["decode-0", "prefill-0"], "the fullest pool comes first");
+        assert_eq!(
+            ids(&view)[..2],
+            ["decode-0", "prefill-0"],
+            "the fullest pool comes first"
+        );
         press(&mut view, &[KeyCode::Down; 9]);
         assert_eq!(ids(&view).len(), 1);
-        press(&mut view, &[KeyCode::Tab, KeyCode::Left, KeyCode::Left, KeyCode::Left, KeyCode::Left, KeyCode::Left]);
-        assert_eq!((view.panel, view.request_sort, view.scrolled), (Panel::Requests, 2, 0));
-        assert!(view.requests(&snapshot)[0].age_ms > 2000.0, "the oldest comes first");
+        press(
+            &mut view,
+            &[
+                KeyCode::Tab,
+                KeyCode::Left,
+                KeyCode::Left,
+                KeyCode::Left,
+                KeyCode::Left,
+                KeyCode::Left,
+            ],
+        );
+        assert_eq!(
+            (view.panel, view.request_sort, view.scrolled),
+            (Panel::Requests, 2, 0)
+        );
+        assert!(
+            view.requests(&snapshot)[0].age_ms > 2000.0,
+            "the oldest comes first"
+        );
         press(&mut view, &[KeyCode::Char('p')]);
         assert!(view.paused);
     }

@@ -34,7 +34,10 @@ pub fn stacked(plots: &[Plot<'_>]) -> String {
         HEIGHT * plots.len() as f64
     );
     for (index, plot) in plots.iter().enumerate() {
-        let place = format!("<svg y=\"{}\" width=\"{WIDTH}\" height=\"{HEIGHT}\" ", HEIGHT * index as f64);
+        let place = format!(
+            "<svg y=\"{}\" width=\"{WIDTH}\" height=\"{HEIGHT}\" ",
+            HEIGHT * index as f64
+        );
         svg += &plot.svg().replacen("<svg ", &place, 1);
     }
     svg + "</svg>\n"

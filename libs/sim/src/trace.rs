@@ -60,10 +60,7 @@ pub fn parse(text: &str, block_tokens: u64) -> Result<Vec<Request>, TraceError> 
 /// # Errors
 ///
 /// The first line that is no request, or that `read` refuses.
-pub fn each_line<T>(
-    text: &str,
-    read: impl Fn(Line) -> Result<T, String>,
-) -> Result<Vec<T>, TraceError> {
+pub fn each_line<T>(text: &str, read: impl Fn(Line) -> Result<T, String>) -> Result<Vec<T>, TraceError> {
     let lines = text.lines().enumerate();
     let lines = lines.filter(|(_, line)| !line.trim().is_empty());
     lines
@@ -104,7 +101,9 @@ impl Line {
             return Err("the prompt is empty".to_owned());
         }
         if prompt_tokens.div_ceil(block_tokens) != blocks {
-            return Err(format!("{prompt_tokens} tokens in {blocks} blocks of {block_tokens} tokens"));
+            return Err(format!(
+                "{prompt_tokens} tokens in {blocks} blocks of {block_tokens} tokens"
+            ));
         }
         Ok(prompt_tokens)
     }

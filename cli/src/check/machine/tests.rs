@@ -72,7 +72,10 @@ fn a_healthy_machine_is_told_so() {
     let own = port("node.grpc_port", 1, "decode-0:1", PortState::Taken(None));
     findings.extend([free, own].iter().map(|port| judge_port(port, &members())));
     findings.extend(judge_model("m.gguf", "tiny", &Ok(space("ab", 32)), &members()));
-    assert!(findings.iter().all(|finding| finding.level == Level::Passed), "{findings:?}");
+    assert!(
+        findings.iter().all(|finding| finding.level == Level::Passed),
+        "{findings:?}"
+    );
     golden::check("doctor-healthy", &view(&merge(findings)));
 }
 
@@ -83,11 +86,18 @@ fn each_mistake_is_told_with_its_remedy() {
     findings.extend(judge_memlock(&limited(), Transport::Ucx, 1 << 30));
     let holder = Some("nginx (4711)".to_owned());
     let taken = port("node.http_port", 8080, "a:8080", PortState::Taken(holder));
-    let refused = port("node.grpc_port", 80, "a:80", PortState::Refused("permission denied".into()));
+    let refused = port(
+        "node.grpc_port",
+        80,
+        "a:80",
+        PortState::Refused("permission denied".into()),
+    );
     findings.extend([taken, refused].iter().map(|port| judge_port(port, &members())));
     findings.extend(judge_model("m.gguf", "tiny", &Ok(space("cd", 32)), &members()));
     assert!(
-        findings.iter().all(|finding| finding.level == Level::Failed && !finding.hint.is_empty()),
+        findings
+            .iter()
+            .all(|finding| finding.level == Level::Failed && !finding.hint.is_empty()),
         "{findings:?}"
     );
     golden::check("doctor-sick", &view(&merge(findings)));
@@ -95,9 +105,17 @@ fn each_mistake_is_told_with_its_remedy() {
 
 #[test]
 fn what_a_registry_says_decides_once_it_listens() {
-    let levels = |facts| judge_registry(&facts).iter().map(|finding| finding.level).collect::<Vec<_>>();
+    let levels = |facts| {
+        judge_registry(&facts)
+            .iter()
+            .map(|finding| finding.level)
+            .collect::<Vec<_>>()
+    };
     assert_eq!(levels(RegistryFacts::default()), [Level::Passed]);
-    assert_eq!(levels(registry(None, Some(Err("no leader".into())))), [Level::Failed]);
+    assert_eq!(
+        levels(registry(None, Some(Err("no leader".into())))),
+        [Level::Failed]
+    );
     let mut half = registry(None, Some(Ok(1)));
     half.endpoints[0].1 = Some("timed out".into());
     assert_eq!(levels(half), [Level::Warning, Level::Passed]);
@@ -108,15 +126,22 @@ fn a_model_is_compared_with_nodes_of_its_name_alone() {
     let judged = |name: &str, own: &Result<KvSpace, String>| judge_model("m.gguf", name, own, &members());
     assert_eq!(judged("another", &Ok(space("cd", 32))), None);
     let blocks = judged("tiny", &Ok(space("ab", 64))).expect("judged");
-    assert!(blocks.level == Level::Failed && blocks.message.contains("kv.block_tokens here is 64"), "{blocks:?}");
+    assert!(
+        blocks.level == Level::Failed && blocks.message.contains("kv.block_tokens here is 64"),
+        "{blocks:?}"
+    );
     let unreadable = judged("another", &Err("it ends early".into())).expect("judged");
     assert_eq!(unreadable.level, Level::Failed);
 }
 
 #[test]
 fn a_limit_counts_where_somebody_has_to_lock() {
-    let level = |facts: &HostFacts, transport| judge_memlock(facts, transport, 1 << 30).map(|finding| finding.level);
+    let level =
+        |facts: &HostFacts, transport| judge_memlock(facts, transport, 1 << 30).map(|finding| finding.level);
     assert_eq!(level(&limited(), Transport::Ucx), Some(Level::Failed));
     assert_eq!(level(&limited(), Transport::Auto), Some(Level::Passed));
-    assert_eq!(judge_disk(&disk(1, Err("no such folder".into()))).level, Level::Failed);
+    assert_eq!(
+        judge_disk(&disk(1, Err("no such folder".into()))).level,
+        Level::Failed
+    );
 }

@@ -7,9 +7,18 @@ use crate::top::snapshot::tests::snapshot;
 /// What a terminal of this size shows.
 fn shown(width: u16, height: u16, view: &View) -> String {
     let mut terminal = Terminal::new(TestBackend::new(width, height)).expect("a terminal");
-    terminal.draw(|frame| draw(frame, &snapshot(), view)).expect("drawn");
+    terminal
+        .draw(|frame| draw(frame, &snapshot(), view))
+        .expect("drawn");
     let rows = terminal.backend().buffer().content.chunks(usize::from(width));
-    let lines = rows.map(|row| row.iter().map(|cell| cell.symbol()).collect::<String>().trim_end().to_owned() + "\n");
+    let lines = rows.map(|row| {
+        row.iter()
+            .map(|cell| cell.symbol())
+            .collect::<String>()
+            .trim_end()
+            .to_owned()
+            + "\n"
+    });
     lines.collect()
 }
 

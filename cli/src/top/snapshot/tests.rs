@@ -82,14 +82,22 @@ fn figures_are_of_the_last_minute() {
     let Snapshot { cluster, .. } = snapshot();
     assert_eq!((cluster.running, cluster.waiting), (2, 1));
     assert_eq!((cluster.rejected, cluster.failed), (1, 1));
-    assert_eq!((cluster.requests_per_s, cluster.output_tokens_per_s), (2.0 / 60.0, 1.0));
-    assert_eq!((cluster.ttft_ms.p50, cluster.ttft_ms.p99, cluster.tbt_ms.p99), (120.0, 300.0, 12.0));
+    assert_eq!(
+        (cluster.requests_per_s, cluster.output_tokens_per_s),
+        (2.0 / 60.0, 1.0)
+    );
+    assert_eq!(
+        (cluster.ttft_ms.p50, cluster.ttft_ms.p99, cluster.tbt_ms.p99),
+        (120.0, 300.0, 12.0)
+    );
     assert_eq!(cluster.hit_ratio, 0.25);
 }
 
 #[test]
 fn rates_are_of_what_the_router_keeps_where_it_forgets() {
-    let requests: Vec<RequestTimeline> = (0..200).map(|number| request("aa", "finished", 50 * number)).collect();
+    let requests: Vec<RequestTimeline> = (0..200)
+        .map(|number| request("aa", "finished", 50 * number))
+        .collect();
     let figures = figures(&requests.iter().collect::<Vec<_>>(), NOW);
     assert!((figures.requests_per_s - 20.0).abs() < 0.2, "{figures:?}");
 }

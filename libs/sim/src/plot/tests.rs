@@ -38,7 +38,10 @@ fn pictures_are_put_below_each_other() {
         lines: vec![("line".to_owned(), vec![(0.0, 1.0), (2.0, 3.0)])],
     };
     let svg = stacked(&[plot.clone(), plot]);
-    assert!(svg.contains("viewBox=\"0 0 640 720\"") && svg.contains("<svg y=\"360\""), "{svg}");
+    assert!(
+        svg.contains("viewBox=\"0 0 640 720\"") && svg.contains("<svg y=\"360\""),
+        "{svg}"
+    );
     assert_eq!(svg.matches("<polyline").count(), 2);
     assert_eq!(svg.matches("<svg").count(), svg.matches("</svg>").count());
 }
