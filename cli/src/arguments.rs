@@ -8,7 +8,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use node::config::{ByteSize, Duration};
 use types::Priority;
 
+use crate::bench::BenchArgs;
 use crate::cache::CacheCommand;
+use crate::check::{ChatFlags, DoctorArgs};
 use crate::context::{ClusterFlags, ContextCommand};
 use crate::debug::DebugCommand;
 use crate::key::KeyCommand;
@@ -20,6 +22,7 @@ use crate::route::RouteCommand;
 use crate::settings::Transport;
 use crate::sim::SimCommand;
 use crate::tenants::TenantCommand;
+use crate::top::TopArgs;
 
 /// KV-cache-centric serving of language models: prefill, decode, a distributed KV store, and a router.
 #[derive(Debug, Parser)]
@@ -53,10 +56,16 @@ pub(crate) enum Command {
     Generate(GenerateArgs),
     /// Start a cluster, hold a conversation, and show where every request ran
     Demo(DemoArgs),
+    /// Load a server with requests, and measure its answers
+    Bench(BenchArgs),
     /// Show the cluster's nodes and load
     Status(Watch),
+    /// Watch nodes and requests, full screen and live
+    Top(TopArgs),
     /// Say what is wrong with the cluster, or with this machine, and what to do about it
     Check(CheckArgs),
+    /// Name the cause of what is wrong, from the settings, this machine and the cluster together
+    Doctor(DoctorArgs),
     /// The cluster's nodes
     #[command(subcommand)]
     Node(NodeCommand),
@@ -237,12 +246,8 @@ pub(crate) struct CheckArgs {
     /// Check this machine and the settings only, before there is a cluster.
     #[arg(long, conflicts_with = "chat")]
     pub(crate) pre: bool,
-    /// Also send a chat request to this OpenAI API, and check that a prefill node and a decode node answered it together.
-    #[arg(long, value_name = "URL")]
-    pub(crate) chat: Option<String>,
-    /// Least length of its prompt; more than `router.local_prefill_tokens_max`, or no prefill node is asked.
-    #[arg(long, value_name = "TOKENS", default_value_t = 320)]
-    pub(crate) chat_tokens: usize,
+    #[command(flatten)]
+    pub(crate) chat: ChatFlags,
     #[command(flatten)]
     pub(crate) settings: SettingFlags,
 }

@@ -3,11 +3,14 @@
 //! Findings are grouped in the order in which one thing rests on the other. A failure is what keeps the cluster from
 //! working as it was set up; a warning is what could be better; each says what to do. The judgement is pure
 //! (`cluster.rs`, `host.rs`, `certificates.rs`, and of a request `chat.rs`); this file asks, prints, and gives the exit code.
+//! `perigee doctor` (`doctor.rs`, `machine.rs`) looks into settings, machine and cluster together.
 
 mod certificates;
 mod chat;
 mod cluster;
+mod doctor;
 mod host;
+mod machine;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -21,7 +24,7 @@ use node::{Tls, task, tls};
 use serde::Serialize;
 use serde_json::json;
 use transfer::{TcpTransport, Transport};
-use types::{Epoch, Error};
+use types::{Epoch, Error, HostFacts, NodeRecord};
 
 use crate::arguments::{CheckArgs, SettingFlags};
 use crate::context::Target;
@@ -30,6 +33,9 @@ use crate::nodes::{self, Answered};
 use crate::output::{Format, Tone, View, paint};
 use crate::reach::Router;
 use crate::settings::{self, Settings};
+
+pub(crate) use chat::ChatFlags;
+pub(crate) use doctor::{DoctorArgs, run as examine};
 
 /// The exit code where something is wrong; the codes of failing commands start at 64.
 pub(crate) const UNHEALTHY_EXIT: u8 = 10;
@@ -141,6 +147,11 @@ pub(crate) async fn run(
     } else {
         of_cluster(&arguments, &target()?).await?
     };
+    conclude(findings, format)
+}
+
+/// Prints what was found, and fails with [`Unhealthy`] where something is wrong.
+fn conclude(findings: Vec<Finding>, format: Format) -> anyhow::Result<()> {
     let findings = merge(findings);
     format.print(&view(&findings))?;
     match count(&findings, Level::Failed) {
@@ -157,8 +168,7 @@ pub(crate) async fn run(
 pub(crate) async fn look(target: &Target, settings: &SettingFlags) -> anyhow::Result<View> {
     let arguments = CheckArgs {
         pre: false,
-        chat: None,
-        chat_tokens: 0,
+        chat: ChatFlags::default(),
         settings: settings.clone(),
     };
     Ok(view(&merge(of_cluster(&arguments, target).await?)))
@@ -225,22 +235,39 @@ async fn of_cluster(arguments: &CheckArgs, target: &Target) -> anyhow::Result<Ve
     let settings = target.tls_or(settings::load_for_command(&arguments.settings)?.value.tls);
     let (tls, mut findings) = own_certificate(&settings);
     if tls.is_none() && settings.is_on() {
-        // Nobody can be asked without it.
         return Ok(findings);
     }
     let router = Router::with_tls(&target.address, tls, target.key.as_ref());
-    let answers = ask(&router).await?;
-    if let Some(tls) = router.tls() {
-        findings.extend(certificates_of(tls, &answers.nodes).await);
-    }
-    findings.extend(cluster::judge(&answers));
-    if let Some(url) = &arguments.chat {
-        let (asked, tokens) = (url.clone(), arguments.chat_tokens);
-        let door = Door::new(settings, router.key());
-        let answer = task::blocking("chat", move || chat::ask(&asked, &door, tokens)).await?;
-        findings.push(chat::judge(url, &answer));
-    }
+    findings.extend(of_members(&router).await?.0);
+    findings.extend(of_chat(&arguments.chat, settings, &router).await?);
     Ok(findings)
+}
+
+/// Asks the router and its nodes; also gives the nodes.
+async fn of_members(router: &Router) -> anyhow::Result<(Vec<Finding>, Vec<NodeRecord>)> {
+    let answers = ask(router).await?;
+    let mut findings = match router.tls() {
+        Some(tls) => certificates_of(tls, &answers.nodes).await,
+        None => Vec::new(),
+    };
+    findings.extend(cluster::judge(&answers));
+    let members = answers.nodes.into_iter().map(|node| node.record).collect();
+    Ok((findings, members))
+}
+
+/// Sends a chat request, if one is wanted.
+async fn of_chat(
+    flags: &ChatFlags,
+    settings: tls::Config,
+    router: &Router,
+) -> anyhow::Result<Option<Finding>> {
+    let Some(url) = &flags.chat else {
+        return Ok(None);
+    };
+    let (asked, tokens) = (url.clone(), flags.chat_tokens);
+    let door = Door::new(settings, router.key());
+    let answer = task::blocking("chat", move || chat::ask(&asked, &door, tokens)).await?;
+    Ok(Some(chat::judge(url, &answer)))
 }
 
 /// What this machine connects with, and what there is to say of it.
@@ -292,16 +319,26 @@ async fn ask(router: &Router) -> anyhow::Result<cluster::Answers> {
 /// Checks this machine and the settings.
 async fn before(arguments: &CheckArgs) -> anyhow::Result<Vec<Finding>> {
     let loaded = settings::load_for_command(&arguments.settings)?;
-    let mut findings = judge_settings(&loaded);
+    let mut findings = judge_settings(&loaded, Level::Warning);
     let settings = loaded.value;
     findings.extend(own_certificate(&settings.tls).1);
     findings.extend(judge_keys(&settings));
+    findings.extend(judge_host(&settings, &host_facts(&settings).await?).await);
+    Ok(findings)
+}
+
+async fn host_facts(settings: &Settings) -> Result<HostFacts, Error> {
     let facts = task::blocking("host-facts", || node::host::read(Path::new("/"))).await?;
-    let facts = types::HostFacts {
+    Ok(HostFacts {
         gid_index: node::host::gid_index(&settings.transfer.ucx_config().settings),
         ..facts
-    };
-    let movers = match movers(&settings).await {
+    })
+}
+
+/// What the host means for a node with these settings.
+async fn judge_host(settings: &Settings, facts: &HostFacts) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let movers = match movers(settings).await {
         Ok(movers) => movers,
         Err(error) => {
             findings.push(Finding::failed(
@@ -313,11 +350,12 @@ async fn before(arguments: &CheckArgs) -> anyhow::Result<Vec<Finding>> {
             Vec::new()
         }
     };
-    findings.extend(host::judge("", &facts, &movers, settings.kv.memory.0));
-    Ok(findings)
+    findings.extend(host::judge("", facts, &movers, settings.kv.memory.0));
+    findings
 }
 
-fn judge_settings(loaded: &Loaded<Settings>) -> Vec<Finding> {
+/// `unknown` is how bad a key is that nobody reads.
+fn judge_settings(loaded: &Loaded<Settings>, unknown: Level) -> Vec<Finding> {
     const GROUP: &str = "settings";
     let settings = &loaded.value;
     let valid = settings
@@ -331,12 +369,15 @@ fn judge_settings(loaded: &Loaded<Settings>) -> Vec<Finding> {
             "docs/configuration.md lists every setting",
         ),
         (Ok(()), []) => Finding::passed(GROUP, "", "the settings are valid"),
-        (Ok(()), keys) => Finding::warning(
-            GROUP,
-            "",
-            format!("nobody reads these settings: {}", keys.join(", ")),
-            "correct or remove them; --check-config of a role refuses them",
-        ),
+        (Ok(()), keys) => Finding {
+            level: unknown,
+            ..Finding::warning(
+                GROUP,
+                "",
+                format!("nobody reads these settings: {}", keys.join(", ")),
+                "correct or remove them; --check-config of a role refuses them",
+            )
+        },
     }];
     let model = &settings.model.path;
     if !model.is_empty() {

@@ -1,9 +1,10 @@
 //! The one binary: all roles, `up`, and the cluster admin commands.
 //!
 //! Data go to stdout, everything else to stderr. The exit code says what kind of failure it was
-//! (`types::ErrorCode::exit`, after `sysexits.h`), or 10 where `perigee check` found something wrong.
+//! (`types::ErrorCode::exit`, after `sysexits.h`), or 10 where `perigee check` or `perigee doctor` found something wrong.
 
 mod arguments;
+mod bench;
 mod cache;
 mod chat;
 mod check;
@@ -27,6 +28,7 @@ mod settings;
 mod sim;
 mod status;
 mod tenants;
+mod top;
 mod transfers;
 mod up;
 
@@ -107,6 +109,9 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Demo(flags) => block_on(demo::run(flags, key, output)),
         Command::Chat(flags) => block_on(chat::run(flags, &router()?, output)),
         Command::Generate(flags) => block_on(generate::run(flags, &router()?, output)),
+        Command::Bench(flags) => block_on(bench::run(flags, &router()?, output)),
+        Command::Top(flags) => block_on(top::run(flags, &router()?, output)),
+        Command::Doctor(flags) => block_on(check::examine(flags, &target()?, output)),
         Command::Status(watch) => block_on(status::cluster(watch, &router()?, output)),
         Command::Check(flags) => block_on(check::run(flags, target, output)),
         Command::Transfer(TransferCommand::List(watch)) => {

@@ -1,5 +1,7 @@
 //! The cluster's nodes, asked one by one: what they say of themselves and of their transfers.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use client::{Node, NodeInfo, Transfer, TransferDescription};
 use futures::{StreamExt, stream};
 use types::{Error, NodeRecord};
@@ -22,6 +24,33 @@ pub(crate) struct Answered {
     pub(crate) record: NodeRecord,
     pub(crate) info: Result<NodeInfo, Error>,
     pub(crate) serving: Result<bool, Error>,
+    /// `None` where the node does not tell its time.
+    pub(crate) clock: Option<Clock>,
+}
+
+/// A node's clock beside this machine's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Clock {
+    /// How far it is ahead, in milliseconds.
+    pub(crate) ahead_ms: i64,
+    /// How far that may be wrong: nobody knows when within a call the node looked at its clock.
+    pub(crate) error_ms: i64,
+}
+
+impl Clock {
+    /// What a node's time says that was asked for between `asked` and `answered` of this machine's clock.
+    pub(crate) fn of(node_unix_ms: u64, asked: SystemTime, answered: SystemTime) -> Self {
+        let since = |at: SystemTime| at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let ms = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
+        let (asked, answered) = (ms(since(asked)), ms(since(answered)));
+        let half = answered.saturating_sub(asked).max(0) / 2;
+        let node = i64::try_from(node_unix_ms).unwrap_or(i64::MAX);
+        Self {
+            ahead_ms: node.saturating_sub(asked + half),
+            // A millisecond is cut off at each end.
+            error_ms: half + 1,
+        }
+    }
 }
 
 /// Whether the node holds blocks, and so takes part in transfers.
@@ -43,14 +72,18 @@ pub(crate) async fn describe(router: &Router, records: &[NodeRecord]) -> Vec<Des
 pub(crate) async fn ask(router: &Router, records: &[NodeRecord]) -> Vec<Answered> {
     let answers = stream::iter(records.to_vec()).map(|record| async move {
         let node = router.channel_to(&record).map(Node::new);
+        let asked = SystemTime::now();
         let (info, serving) = match node {
             Ok(node) => tokio::join!(node.info(), node.serving()),
             Err(error) => (Err(error.clone()), Err(error)),
         };
+        let answered = SystemTime::now();
+        let time = info.as_ref().ok().and_then(|info| info.unix_time_ms);
         Answered {
             record,
             info,
             serving,
+            clock: time.map(|time| Clock::of(time, asked, answered)),
         }
     });
     answers.buffered(ASKED_MAX).collect().await
@@ -59,4 +92,19 @@ pub(crate) async fn ask(router: &Router, records: &[NodeRecord]) -> Vec<Answered
 /// A client of the node's transfers.
 pub(crate) fn transfer(router: &Router, record: &NodeRecord) -> Result<Transfer, Error> {
     Ok(Transfer::new(router.channel_to(record)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_are_compared_with_the_middle_of_a_call() {
+        let at = |ms| UNIX_EPOCH + Duration::from_millis(ms);
+        let clock = Clock::of(5_000, at(1_000), at(1_200));
+        assert_eq!((clock.ahead_ms, clock.error_ms), (3_900, 101));
+        assert_eq!(Clock::of(1_000, at(5_000), at(5_000)).ahead_ms, -4_000);
+        // A clock that is set back between the two is no reason to count backwards.
+        assert_eq!(Clock::of(5_000, at(5_000), at(4_000)).error_ms, 1);
+    }
 }

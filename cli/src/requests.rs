@@ -252,7 +252,7 @@ fn against(ms: f64, limit_ms: f64) -> String {
 }
 
 /// `1.25 ms`, `3.1 s`, `2m 05s`; nothing is a dash.
-fn time(ms: f64) -> String {
+pub(crate) fn time(ms: f64) -> String {
     match ms {
         ms if ms <= 0.0 => "-".to_owned(),
         ms if ms < 9.995 => format!("{ms:.2} ms"),

@@ -189,10 +189,7 @@ async fn serve(
 impl Process {
     /// The name under which clients ask for the model: the setting, or the file's name without its format and quantisation.
     fn model_name(&self) -> String {
-        match self.settings.model.name.as_str() {
-            "" => default_model_name(&self.model),
-            name => name.to_owned(),
-        }
+        model_name(&self.settings.model.name, &self.model)
     }
 
     fn grpc_endpoint(&self) -> String {
@@ -259,6 +256,14 @@ impl Process {
         self.shutdown.started().await;
         membership.leave().await;
         working.await.context("wait for the role's task")
+    }
+}
+
+/// The name that the settings give to the model at `path`, or that of its file.
+pub(crate) fn model_name(setting: &str, path: &Path) -> String {
+    match setting {
+        "" => default_model_name(path),
+        name => name.to_owned(),
     }
 }
 

@@ -5,6 +5,7 @@
 use std::fmt::Write;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use clap::Args;
 use serde_json::{Value, json};
 
 use super::Finding;
@@ -17,6 +18,17 @@ const ANSWER_BYTES_MAX: u64 = 4 << 20;
 const ANSWER_TOKENS: usize = 8;
 /// No tokenizer puts two of them into one token.
 const WORDS: [&str; 8] = ["one", "two", "three", "four", "five", "six", "seven", "eight"];
+
+/// Flags of the chat request of a check.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct ChatFlags {
+    /// Also send a chat request to this OpenAI API, and check that a prefill node and a decode node answered it together.
+    #[arg(long, value_name = "URL")]
+    pub(crate) chat: Option<String>,
+    /// Least length of its prompt; more than `router.local_prefill_tokens_max`, or no prefill node is asked.
+    #[arg(long, value_name = "TOKENS", default_value_t = 320)]
+    pub(crate) chat_tokens: usize,
+}
 
 /// Asks the OpenAI API at `url` for its model, and that for an answer to a prompt of at least `tokens` tokens. Blocks.
 pub(super) fn ask(url: &str, door: &Door, tokens: usize) -> Result<Value, String> {

@@ -9,6 +9,9 @@ use types::{Error, HostFacts, KvSpace, NodeRecord, Role};
 use super::{Finding, host};
 use crate::nodes::{Answered, Described};
 
+/// Machines that keep time by the network differ by milliseconds.
+const CLOCK_SKEW_MAX_MS: i64 = 1_000;
+
 /// All that was asked for.
 pub(super) struct Answers {
     /// The address that was asked.
@@ -42,6 +45,7 @@ pub(super) fn judge(answers: &Answers) -> Vec<Finding> {
     )];
     findings.extend(judge_members(status));
     findings.extend(answers.nodes.iter().map(judge_node));
+    findings.extend(judge_clocks(&answers.nodes));
     findings.push(judge_versions(&answers.nodes));
     findings.extend(judge_spaces(&answers.nodes));
     for node in &answers.transfers {
@@ -134,6 +138,39 @@ fn judge_node(node: &Answered) -> Finding {
             "see its log",
         ),
     }
+}
+
+/// Members are compared with this machine, which is as good as any other: where it is the one that is wrong, all of them are told.
+fn judge_clocks(nodes: &[Answered]) -> Vec<Finding> {
+    const GROUP: &str = "clocks";
+    let clocks = || {
+        nodes
+            .iter()
+            .filter_map(|node| Some((node.record.id.as_str(), node.clock?)))
+    };
+    let mut findings: Vec<Finding> = clocks()
+        .filter(|(_, clock)| clock.ahead_ms.abs() > CLOCK_SKEW_MAX_MS + clock.error_ms)
+        .map(|(id, clock)| {
+            let (seconds, side) = match clock.ahead_ms {
+                ahead if ahead > 0 => (ahead as f64 / 1e3, "ahead of"),
+                behind => (-behind as f64 / 1e3, "behind"),
+            };
+            Finding::failed(
+                GROUP,
+                id,
+                format!("its clock is {seconds:.1} s {side} this machine's"),
+                "run chrony or systemd-timesyncd on all machines: a node that starts again with an earlier time is refused as an old \
+                incarnation, and certificates count as expired or not yet valid",
+            )
+        })
+        .collect();
+    if findings.is_empty()
+        && let Some(widest) = clocks().map(|(_, clock)| clock.ahead_ms.abs()).max()
+    {
+        let message = format!("all clocks are within {} ms of this machine's", widest.max(1));
+        findings.push(Finding::passed(GROUP, "", message));
+    }
+    findings
 }
 
 fn judge_versions(nodes: &[Answered]) -> Finding {

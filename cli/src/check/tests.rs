@@ -6,7 +6,7 @@ use types::{
 
 use super::cluster::Answers;
 use super::*;
-use crate::nodes::{Answered, Described};
+use crate::nodes::{Answered, Clock, Described};
 use crate::output::golden;
 
 const POOL_BYTES: u64 = 1 << 30;
@@ -232,8 +232,13 @@ fn answers() -> Answers {
         info: Ok(NodeInfo {
             record: record.clone(),
             version: "0.1.0".into(),
+            unix_time_ms: None,
         }),
         serving: Ok(true),
+        clock: Some(Clock {
+            ahead_ms: 3,
+            error_ms: 2,
+        }),
     };
     let described = |record: &NodeRecord| Described {
         said: Ok(TransferDescription {
@@ -272,7 +277,7 @@ fn a_healthy_cluster_passes() {
 #[test]
 fn each_trouble_of_a_cluster_is_found() {
     type Trouble = fn(&mut Answers);
-    let cases: [(Trouble, Level, &str); 12] = [
+    let cases: [(Trouble, Level, &str); 13] = [
         (
             |all| all.status = Err(Error::unavailable("refused")),
             Level::Failed,
@@ -318,6 +323,16 @@ fn each_trouble_of_a_cluster_is_found() {
             |all| all.nodes[0].info.as_mut().expect("ok").version = "0.2.0".into(),
             Level::Failed,
             "0.1.0 on d; 0.2.0 on p",
+        ),
+        (
+            |all| {
+                all.nodes[1].clock = Some(Clock {
+                    ahead_ms: -61_000,
+                    error_ms: 2,
+                });
+            },
+            Level::Failed,
+            "its clock is 61.0 s behind this machine's",
         ),
         (
             |all| all.nodes[1].record.kv_space.as_mut().expect("some").model_digest = "11".into(),

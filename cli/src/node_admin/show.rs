@@ -154,6 +154,7 @@ mod tests {
         let info = NodeInfo {
             record: known.record.clone(),
             version: "1.2.3".into(),
+            unix_time_ms: None,
         };
         golden::check("node-show", &view(&known, &Ok((info, load))));
         let silent = Err(Error::unavailable("decode-0:1 does not answer"));

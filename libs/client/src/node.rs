@@ -28,6 +28,8 @@ pub struct NodeInfo {
     pub record: NodeRecord,
     /// The version of its program.
     pub version: String,
+    /// What its clock showed when it answered, in milliseconds since 1970; `None` from nodes that do not say.
+    pub unix_time_ms: Option<u64>,
 }
 
 impl Node {
@@ -58,6 +60,7 @@ impl Node {
         Ok(NodeInfo {
             record: proto::convert::record(&response.record_json)?,
             version: response.version,
+            unix_time_ms: (response.unix_time_ms > 0).then_some(response.unix_time_ms),
         })
     }
 

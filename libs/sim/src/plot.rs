@@ -27,6 +27,22 @@ pub struct Plot<'a> {
     pub lines: Vec<(String, Vec<(f64, f64)>)>,
 }
 
+/// Pictures below each other, as one.
+pub fn stacked(plots: &[Plot<'_>]) -> String {
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {}\">\n",
+        HEIGHT * plots.len() as f64
+    );
+    for (index, plot) in plots.iter().enumerate() {
+        let place = format!(
+            "<svg y=\"{}\" width=\"{WIDTH}\" height=\"{HEIGHT}\" ",
+            HEIGHT * index as f64
+        );
+        svg += &plot.svg().replacen("<svg ", &place, 1);
+    }
+    svg + "</svg>\n"
+}
+
 /// One axis: values and where they are drawn.
 struct Axis {
     least: f64,

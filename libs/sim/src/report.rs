@@ -80,6 +80,8 @@ pub struct Summary {
     pub p50: f64,
     /// 90 of 100 are no larger.
     pub p90: f64,
+    /// 95 of 100 are no larger.
+    pub p95: f64,
     /// 99 of 100 are no larger.
     pub p99: f64,
     /// The largest.
@@ -173,7 +175,8 @@ impl Report {
 }
 
 impl Summary {
-    fn of(mut values: Vec<f64>) -> Self {
+    /// Of these values, in any order.
+    pub fn of(mut values: Vec<f64>) -> Self {
         values.sort_unstable_by(f64::total_cmp);
         let Some(max) = values.last().copied() else {
             return Self::default();
@@ -183,6 +186,7 @@ impl Summary {
             mean: mean(values.iter().copied()),
             p50: rank(50),
             p90: rank(90),
+            p95: rank(95),
             p99: rank(99),
             max,
         }
@@ -218,7 +222,8 @@ impl NodeReport {
     }
 }
 
-fn percentiles(mut values: Vec<f64>) -> Vec<f64> {
+/// Percentiles from 1 to 100; none of nothing.
+pub fn percentiles(mut values: Vec<f64>) -> Vec<f64> {
     values.sort_unstable_by(f64::total_cmp);
     if values.is_empty() {
         return values;
@@ -229,6 +234,19 @@ fn percentiles(mut values: Vec<f64>) -> Vec<f64> {
 /// Of sorted values, of which there is one at least.
 fn nearest_rank(sorted: &[f64], percent: usize) -> f64 {
     sorted[(sorted.len() * percent).div_ceil(100).max(1) - 1]
+}
+
+/// The part of a request's gaps, longest first, that its limit is held against.
+const TAIL_SHARE: f64 = 0.1;
+
+/// The mean of a request's longest tenth of gaps, which is what a limit on gaps is held against; 0 of none.
+pub fn tail_mean(gaps_ms: &mut [f32]) -> f64 {
+    if gaps_ms.is_empty() {
+        return 0.0;
+    }
+    let count = ((gaps_ms.len() as f64 * TAIL_SHARE).ceil() as usize).max(1);
+    gaps_ms.sort_unstable_by(|a, b| b.total_cmp(a));
+    mean(gaps_ms[..count].iter().map(|gap| f64::from(*gap)))
 }
 
 /// 0 of nothing.

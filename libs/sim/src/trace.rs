@@ -35,8 +35,8 @@ pub struct TraceError {
 }
 
 /// A line of a trace.
-#[derive(Deserialize)]
-pub(crate) struct Line {
+#[derive(Debug, Deserialize)]
+pub struct Line {
     timestamp: f64,
     #[serde(default)]
     input_length: Option<u64>,
@@ -56,10 +56,11 @@ pub fn parse(text: &str, block_tokens: u64) -> Result<Vec<Request>, TraceError> 
 }
 
 /// Reads what `read` makes of every line.
-pub(crate) fn each_line<T>(
-    text: &str,
-    read: impl Fn(Line) -> Result<T, String>,
-) -> Result<Vec<T>, TraceError> {
+///
+/// # Errors
+///
+/// The first line that is no request, or that `read` refuses.
+pub fn each_line<T>(text: &str, read: impl Fn(Line) -> Result<T, String>) -> Result<Vec<T>, TraceError> {
     let lines = text.lines().enumerate();
     let lines = lines.filter(|(_, line)| !line.trim().is_empty());
     lines
@@ -74,26 +75,47 @@ pub(crate) fn each_line<T>(
 }
 
 impl Line {
-    pub(crate) fn at(&self) -> Result<Duration, String> {
+    /// When it comes, from the start.
+    ///
+    /// # Errors
+    ///
+    /// It says no time.
+    pub fn at(&self) -> Result<Duration, String> {
         Duration::try_from_secs_f64(self.timestamp / 1e3).map_err(|error| error.to_string())
     }
 
     /// All its blocks, the last one also if it is not full.
-    pub(crate) fn blocks(&self) -> Vec<BlockHash> {
+    pub fn blocks(&self) -> Vec<BlockHash> {
         self.hash_ids.iter().map(|id| hash(*id)).collect()
+    }
+
+    /// Tokens of its prompt, whose blocks have `block_tokens` tokens.
+    ///
+    /// # Errors
+    ///
+    /// There are none, or not as many as blocks say.
+    pub fn prompt_tokens(&self, block_tokens: u64) -> Result<u64, String> {
+        let blocks = self.hash_ids.len() as u64;
+        let prompt_tokens = self.input_length.unwrap_or(blocks * block_tokens);
+        if prompt_tokens == 0 {
+            return Err("the prompt is empty".to_owned());
+        }
+        if prompt_tokens.div_ceil(block_tokens) != blocks {
+            return Err(format!(
+                "{prompt_tokens} tokens in {blocks} blocks of {block_tokens} tokens"
+            ));
+        }
+        Ok(prompt_tokens)
+    }
+
+    /// Tokens of its answer; at least 1.
+    pub fn output_tokens(&self) -> u64 {
+        self.output_length.unwrap_or(1).max(1)
     }
 }
 
 fn request(line: &Line, block_tokens: u64) -> Result<Request, String> {
-    let blocks = line.hash_ids.len() as u64;
-    let prompt_tokens = line.input_length.unwrap_or(blocks * block_tokens);
-    if prompt_tokens == 0 {
-        return Err("the prompt is empty".to_owned());
-    }
-    if prompt_tokens.div_ceil(block_tokens) != blocks {
-        let reason = format!("{prompt_tokens} tokens in {blocks} blocks of {block_tokens} tokens");
-        return Err(reason);
-    }
+    let prompt_tokens = line.prompt_tokens(block_tokens)?;
     let full = usize::try_from(prompt_tokens / block_tokens).map_err(|error| error.to_string())?;
     let mut chain = line.blocks();
     let key = chain[0];
@@ -103,7 +125,7 @@ fn request(line: &Line, block_tokens: u64) -> Result<Request, String> {
         key,
         chain,
         prompt_tokens,
-        output_tokens: line.output_length.unwrap_or(1).max(1),
+        output_tokens: line.output_tokens(),
     })
 }
 

@@ -29,6 +29,24 @@ fn a_logarithmic_axis_begins_above_zero() {
 }
 
 #[test]
+fn pictures_are_put_below_each_other() {
+    let plot = Plot {
+        title: "one",
+        x: "x",
+        y: "y",
+        logarithmic_x: false,
+        lines: vec![("line".to_owned(), vec![(0.0, 1.0), (2.0, 3.0)])],
+    };
+    let svg = stacked(&[plot.clone(), plot]);
+    assert!(
+        svg.contains("viewBox=\"0 0 640 720\"") && svg.contains("<svg y=\"360\""),
+        "{svg}"
+    );
+    assert_eq!(svg.matches("<polyline").count(), 2);
+    assert_eq!(svg.matches("<svg").count(), svg.matches("</svg>").count());
+}
+
+#[test]
 fn nothing_and_one_point_are_drawn_too() {
     for lines in [vec![], vec![("one".to_owned(), vec![(3.0, 4.0)])]] {
         let svg = plot(lines, false);

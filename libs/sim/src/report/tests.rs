@@ -9,6 +9,7 @@ fn percentiles_are_values_that_occurred() {
             mean: 100.5,
             p50: 100.0,
             p90: 180.0,
+            p95: 190.0,
             p99: 198.0,
             max: 200.0
         }

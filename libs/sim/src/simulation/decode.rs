@@ -8,9 +8,7 @@ use types::Millis;
 use super::node::{Landing, Prefill, Sequence, Step, Visit};
 use super::outcome::{Outcome, Served};
 use super::{CHUNK_TOKENS, Kind, Simulation, ms, ns};
-
-/// The part of a request's gaps, longest first, that its limit is held against.
-const TAIL_SHARE: f64 = 0.1;
+use crate::report::tail_mean;
 
 impl Simulation<'_> {
     /// A prompt has landed, and gets blocks when there are some.
@@ -257,14 +255,4 @@ impl Simulation<'_> {
         };
         self.end(request, Outcome::Served(served));
     }
-}
-
-/// The mean of the longest tenth; 0 of none.
-fn tail_mean(gaps_ms: &mut [f32]) -> f64 {
-    if gaps_ms.is_empty() {
-        return 0.0;
-    }
-    let count = ((gaps_ms.len() as f64 * TAIL_SHARE).ceil() as usize).max(1);
-    gaps_ms.sort_unstable_by(|a, b| b.total_cmp(a));
-    gaps_ms[..count].iter().map(|gap| f64::from(*gap)).sum::<f64>() / count as f64
 }
