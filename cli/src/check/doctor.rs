@@ -189,7 +189,7 @@ fn read_disk(settings: &Settings) -> Option<DiskFacts> {
     let there = Path::new(path).ancestors().find(|folder| folder.exists());
     let there = there.unwrap_or(Path::new("."));
     let free = nix::sys::statvfs::statvfs(there)
-        .map(|stat| (stat.blocks_available() as u64).saturating_mul(stat.fragment_size() as u64))
+        .map(|stat| stat.blocks_available().saturating_mul(stat.fragment_size()))
         .map_err(|error| format!("{}: {error}", there.display()));
     Some(DiskFacts {
         path: path.clone(),
