@@ -125,10 +125,10 @@ fn both_apis_are_measured_and_counted_as_the_router_counts() {
             "20",
         ],
     );
-    assert_eq!(
-        (&text["input_tokens_mean"], &text["output_tokens_mean"]),
-        (&40.0.into(), &12.0.into())
-    );
+    let input = |report: &Value| report["input_tokens_mean"].as_f64().expect("a number");
+    // Only the first one, which has no space before it, may be two.
+    assert!((40.0..=41.0).contains(&input(&text)), "{text}");
+    assert_eq!(text["output_tokens_mean"], 12.0);
     let grpc = agrees(
         &cluster,
         &[
@@ -143,7 +143,7 @@ fn both_apis_are_measured_and_counted_as_the_router_counts() {
             "4",
         ],
     );
-    assert_eq!(grpc["input_tokens_mean"], 40.0);
+    assert!((40.0..=41.0).contains(&input(&grpc)), "{grpc}");
     assert_eq!(grpc["load"]["concurrency"], 4);
 
     // Blocks of a trace are shared as it says, so that the second request finds the first one's.

@@ -232,6 +232,14 @@ impl Node for Odd {
         Err(Status::unimplemented("none"))
     }
 
+    async fn cordon(&self, _: Request<v1::CordonRequest>) -> Result<Response<v1::CordonResponse>, Status> {
+        Err(Status::unimplemented("none"))
+    }
+
+    async fn flip(&self, _: Request<v1::FlipRequest>) -> Result<Response<v1::FlipResponse>, Status> {
+        Err(Status::unimplemented("none"))
+    }
+
     async fn log_level(
         &self,
         _: Request<v1::LogLevelRequest>,

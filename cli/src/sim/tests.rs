@@ -77,6 +77,7 @@ fn report() -> Report {
         mean,
         p50: mean,
         p90: 2.0 * mean,
+        p95: 2.0 * mean,
         p99: 3.0 * mean,
         max: 4.0 * mean,
     };
