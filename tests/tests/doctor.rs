@@ -295,7 +295,7 @@ async fn with_odd_node(cluster: &Cluster, version: &'static str, ahead_ms: u64) 
     })
     .await;
     let router = cluster.ready.grpc.trim_start_matches("http://").to_owned();
-    let examined = tokio::task::spawn_blocking(move || doctor(&["--router", &router]));
+    let examined = node::task::blocking("doctor", move || doctor(&["--router", &router]));
     let report = examined.await.expect("it ends");
     registration.unregister().await.expect("unregistered");
     end.cancel();
@@ -304,7 +304,6 @@ async fn with_odd_node(cluster: &Cluster, version: &'static str, ahead_ms: u64) 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[allow(clippy::disallowed_methods)] // A test may wait for a command on a thread of the runtime's.
 async fn clocks_that_differ_and_versions_that_meet_are_named() {
     let folder = tempfile::tempdir().expect("folder");
     let cluster = Cluster::start(&tiny(folder.path(), 1), &["--prefill", "0", "--decode", "1"]);
