@@ -3,11 +3,13 @@
 
 The two load generators send prompts of the same words and lengths at the same concurrency, so that their figures must agree. AIPerf comes
 from PyPI into target/aiperf; its tokenizer is written from the model's own file, since nothing is fetched from elsewhere. Wants two
-idle cores, and takes less than four minutes with its defaults.
+idle cores: the cluster has the first one to itself, and whoever loads it the others, for a load generator that takes the server's processor
+measures itself. Takes less than four minutes with its defaults.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -55,6 +57,11 @@ FIGURES = (
 )
 
 
+# Whose processors are whose.
+CORES = sorted(os.sched_getaffinity(0))
+SERVER, LOADER = (functools.partial(os.sched_setaffinity, 0, cores) for cores in ({CORES[0]}, set(CORES[1:]) or {CORES[0]}))
+
+
 def install():
     if not (VENV / "bin" / "aiperf").exists():
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
@@ -69,8 +76,9 @@ def words():
 
 @contextlib.contextmanager
 def cluster(model):
-    up = [PERIGEE, "up", "-o", "json", "--model", model, "--prefill", "0", "--decode", "1", "--http-port", "0", "--grpc-port", "0"]
-    with subprocess.Popen(up, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    up = [PERIGEE, "up", "-o", "json", "--model", model, "--prefill", "0", "--decode", "1", "--threads", "1"]
+    up += ["--http-port", "0", "--grpc-port", "0"]
+    with subprocess.Popen(up, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=SERVER) as process:
         try:
             yield json.loads(process.stdout.readline())
         finally:
@@ -80,7 +88,7 @@ def cluster(model):
 def ours(ready, arguments, seed):
     command = [PERIGEE, "bench", "-o", "json", "--url", ready["http"], "--seed", seed, "--concurrency", arguments.concurrency]
     command += ["--requests", arguments.requests, "--input-tokens", arguments.input_tokens, "--output-tokens", arguments.output_tokens]
-    return json.loads(subprocess.run(list(map(str, command)), check=True, text=True, stdout=subprocess.PIPE).stdout)
+    return json.loads(subprocess.run(list(map(str, command)), check=True, text=True, stdout=subprocess.PIPE, preexec_fn=LOADER).stdout)
 
 
 def aiperf(ready, arguments, seed, folder):
@@ -96,7 +104,8 @@ def aiperf(ready, arguments, seed, folder):
     command += ["--request-count", arguments.requests, "--tokenizer", folder, "--use-server-token-count", "--use-legacy-max-tokens"]
     command += ["--extra-inputs", f"max_tokens:{arguments.output_tokens}", "ignore_eos:true", "temperature:0"]
     command += ["--artifact-dir", out, "--ui", "none", "--no-gpu-telemetry", "--no-server-metrics"]
-    subprocess.run(list(map(str, command)), check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=180)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(list(map(str, command)), check=True, cwd=folder, timeout=180, preexec_fn=LOADER, **quiet)
     return json.loads((out / "profile_export_aiperf.json").read_text())
 
 
@@ -131,7 +140,7 @@ def main():
         mine = statistics.median(own(mine) for mine, _ in pairs)
         theirs = statistics.median(theirs[peer]["avg"] for _, theirs in pairs)
         rows.append([name, f"{mine:.2f}", f"{theirs:.2f}", f"{mine / theirs:.3f}"])
-    section = f"""Measured by `scripts/bench_aiperf.py` on {machine()}: one decode node, {pathlib.Path(arguments.model).name}, chat over HTTP, {arguments.concurrency}
+    section = f"""Measured by `scripts/bench_aiperf.py` on {machine()}: one decode node on a core of its own, {pathlib.Path(arguments.model).name}, chat over HTTP, {arguments.concurrency}
 requests at a time, {arguments.requests} per run, {arguments.input_tokens} + {arguments.output_tokens} tokens; medians of {arguments.rounds} runs of each ({PACKAGES[0]}) in turns. {errors} errors.
 
 {table(["", "perigee bench", "AIPerf", "ratio"], rows)}
