@@ -74,8 +74,8 @@ impl Load {
         })
     }
 
-    /// So many clients, each with one request at a time. One of them ends before [`Load::stop`] only where a request failed.
-    pub fn clients(self: &Arc<Self>, clients: usize) -> JoinSet<()> {
+    /// So many clients, each with one request at a time. One of them ends before it is told to only where a request failed.
+    fn clients(self: &Arc<Self>, clients: usize) -> JoinSet<()> {
         let mut running = JoinSet::new();
         for first in 0..clients {
             let load = Arc::clone(self);
