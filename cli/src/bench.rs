@@ -15,7 +15,7 @@ mod target;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 use std::{fs, thread};
 
 use anyhow::Context;
@@ -87,7 +87,7 @@ pub(crate) async fn run(arguments: BenchArgs, router: &Router, format: Format) -
         "api": shape.api.as_str(),
         "seed": load.seed,
         "load": load_json(load, running_max),
-        "started_unix_ms": started.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
+        "started_unix_ms": node::clock::unix_ms(started),
         "machine": machine(),
     });
     let document = to_json(run, &report, arguments.samples.then_some(&samples[..]))?;

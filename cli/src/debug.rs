@@ -16,6 +16,7 @@ use futures::{StreamExt, stream};
 use node::task;
 use serde_json::json;
 use types::{Error, ErrorCode};
+use ureq::Agent;
 
 use crate::arguments::SettingFlags;
 use crate::cache;
@@ -183,10 +184,33 @@ async fn of_nodes(bundle: &mut Bundle, target: &Target, router: &Router, nodes: 
         }
         bundle.add(&name, show::view(node, &said).into());
     }
-    let metrics = stream::iter(asked).map(|node| async move { (node, metrics(target, node).await) });
+    // Metrics are shown to whoever can reach them, so no key is.
+    let door = target.tls().map(|tls| Door::new(tls, None));
+    let opened = door.and_then(|door| {
+        Ok((
+            door.scheme(),
+            door.agent(METRICS_DEADLINE).map_err(anyhow::Error::msg)?,
+        ))
+    });
+    let (scheme, agent) = match opened {
+        Ok(opened) => opened,
+        Err(error) => {
+            for node in asked {
+                bundle.fail(&metrics_file(node), &error);
+            }
+            return;
+        }
+    };
+    let metrics = stream::iter(asked).map(|node| {
+        let (agent, url) = (
+            agent.clone(),
+            format!("{scheme}://{}/metrics", node.record.http_endpoint),
+        );
+        async move { (node, metrics(agent, url).await) }
+    });
     let metrics: Vec<_> = metrics.buffered(ASKED_MAX).collect().await;
     for (node, text) in metrics {
-        let name = format!("metrics/{}.txt", node.record.id);
+        let name = metrics_file(node);
         match text {
             Ok(text) => bundle.add(&name, Content::Text(text)),
             Err(error) => bundle.fail(&name, &error),
@@ -194,12 +218,13 @@ async fn of_nodes(bundle: &mut Bundle, target: &Target, router: &Router, nodes: 
     }
 }
 
-/// Metrics are shown to whoever can reach them, so no key is.
-async fn metrics(target: &Target, node: &NodeStatus) -> anyhow::Result<String> {
-    let door = Door::new(target.tls()?, None);
-    let url = format!("{}://{}/metrics", door.scheme(), node.record.http_endpoint);
+fn metrics_file(node: &NodeStatus) -> String {
+    format!("metrics/{}.txt", node.record.id)
+}
+
+async fn metrics(agent: Agent, url: String) -> anyhow::Result<String> {
     let asked = move || -> Result<String, String> {
-        let answer = door.agent(METRICS_DEADLINE)?.get(&url).call();
+        let answer = agent.get(&url).call();
         let mut answer = answer.map_err(|error| format!("{url}: {error}"))?;
         if !answer.status().is_success() {
             return Err(format!("{url}: status {}", answer.status()));

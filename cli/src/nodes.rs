@@ -1,9 +1,10 @@
 //! The cluster's nodes, asked one by one: what they say of themselves and of their transfers.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use client::{Node, NodeInfo, Transfer, TransferDescription};
 use futures::{StreamExt, stream};
+use node::clock::unix_ms;
 use types::{Error, NodeRecord};
 
 use crate::reach::Router;
@@ -40,11 +41,10 @@ pub(crate) struct Clock {
 impl Clock {
     /// What a node's time says that was asked for between `asked` and `answered` of this machine's clock.
     pub(crate) fn of(node_unix_ms: u64, asked: SystemTime, answered: SystemTime) -> Self {
-        let since = |at: SystemTime| at.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let ms = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
-        let (asked, answered) = (ms(since(asked)), ms(since(answered)));
+        let signed = |unix_ms: u64| i64::try_from(unix_ms).unwrap_or(i64::MAX);
+        let (asked, answered) = (signed(unix_ms(asked)), signed(unix_ms(answered)));
         let half = answered.saturating_sub(asked).max(0) / 2;
-        let node = i64::try_from(node_unix_ms).unwrap_or(i64::MAX);
+        let node = signed(node_unix_ms);
         Self {
             ahead_ms: node.saturating_sub(asked + half),
             // A millisecond is cut off at each end.
@@ -96,6 +96,8 @@ pub(crate) fn transfer(router: &Router, record: &NodeRecord) -> Result<Transfer,
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
     use super::*;
 
     #[test]

@@ -58,9 +58,7 @@ fn load_table(nodes: &[NodeStatus], wide: bool) -> String {
     for node in nodes {
         let record = &node.record;
         let load = node.load.unwrap_or_default();
-        let used = record
-            .capacity_blocks
-            .saturating_sub(load.free_blocks + load.evictable_blocks);
+        let used = load.used_blocks(record.capacity_blocks);
         table.row([
             record.id.to_string(),
             record.role.to_string(),
@@ -130,14 +128,18 @@ pub(crate) fn state(node: &NodeStatus) -> &'static str {
     }
 }
 
-/// A node's state in its colour.
-pub(crate) fn painted(state: &str) -> String {
-    let tone = match state {
+/// What a node's state means.
+pub(crate) fn tone(state: &str) -> Tone {
+    match state {
         "ready" => Tone::Good,
         "lost" => Tone::Bad,
         _ => Tone::Warning,
-    };
-    paint(tone, state)
+    }
+}
+
+/// A node's state in its colour.
+pub(crate) fn painted(state: &str) -> String {
+    paint(tone(state), state)
 }
 
 pub(crate) fn rate(value: f64, show: impl Fn(f64) -> String) -> String {

@@ -9,11 +9,11 @@ mod view;
 
 use std::io::IsTerminal;
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use clap::Args;
-use node::config;
+use node::{clock, config};
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyEvent, KeyEventKind};
 use tokio::sync::mpsc;
@@ -72,8 +72,7 @@ pub(crate) async fn run(arguments: TopArgs, router: &Router, format: Format) -> 
 }
 
 async fn look(router: &Router) -> Result<Snapshot, Error> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    snapshot::ask(router, now.as_millis() as u64).await
+    snapshot::ask(router, clock::unix_ms(SystemTime::now())).await
 }
 
 /// Ends when nobody listens any more.

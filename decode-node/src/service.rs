@@ -65,7 +65,7 @@ impl Handle {
 
     /// Ends the requests that run, so that they go on elsewhere.
     pub fn move_away(&self) {
-        self.shared.move_away();
+        self.shared.moving.end();
     }
 
     /// Refuses new requests for good.
@@ -196,7 +196,7 @@ impl Handle {
         let watch = Watch {
             client,
             deadline: accepted_at + timeout,
-            stopping: shared.stop_of_accepted(),
+            stopping: shared.moving.token(),
         };
         let span = tracing::info_span!(
             "decode",

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use engine::Model;
 use kv_store::Store;
-use node::Channels;
+use node::{Channels, Recall};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use types::{Error, LoadReport, NodeId, TransferId};
@@ -37,8 +37,8 @@ pub(crate) struct Shared {
     pub(crate) ending: AtomicBool,
     /// Requests that run are to end now.
     pub(crate) stopping: CancellationToken,
-    /// The same for those that run, and not for those that come: below `stopping`, and made anew whenever it is used.
-    moving: Mutex<CancellationToken>,
+    /// The same for those that run, and not for those that come.
+    pub(crate) moving: Recall,
     /// Whether a sequence waits for blocks, so that nobody outside of the batch should take any.
     pub(crate) short_of_blocks: watch::Sender<bool>,
     commands: SyncSender<Command>,
@@ -76,7 +76,7 @@ impl Shared {
             context_tokens: model.config().context_tokens_max.min(pool_tokens),
             requests: Arc::new(Semaphore::new(config.requests_max)),
             ending: AtomicBool::new(false),
-            moving: Mutex::new(stopping.child_token()),
+            moving: Recall::below(stopping.clone()),
             stopping,
             short_of_blocks: watch::Sender::new(false),
             commands,
@@ -129,23 +129,6 @@ impl Shared {
                 return;
             }
         }
-    }
-
-    /// What ends a request that is accepted now before its time.
-    pub(crate) fn stop_of_accepted(&self) -> CancellationToken {
-        self.moving().clone()
-    }
-
-    /// Ends the requests that run, so that they go on elsewhere.
-    pub(crate) fn move_away(&self) {
-        let next = self.stopping.child_token();
-        std::mem::replace(&mut *self.moving(), next).cancel();
-    }
-
-    fn moving(&self) -> MutexGuard<'_, CancellationToken> {
-        self.moving
-            .lock()
-            .expect("nothing panics while it copies a token")
     }
 
     /// Tells the engine's thread to end.

@@ -221,7 +221,6 @@ impl LoadSource for StoreNode {
             draining: self.shutdown.is_cancelled() || self.store.is_draining() || self.store.is_quarantined(),
             disk_blocks,
             disk_capacity_blocks,
-            cordoned: false,
             ..LoadReport::default()
         }
     }

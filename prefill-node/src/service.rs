@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use engine::{Engine, Model};
 use kv_store::{SequenceBlocks, Store};
+use node::Recall;
 use node::task::{self, OnEnd};
 use node::{Channels, Identity, LoadSource};
 use proto::v1::prefill_server::{Prefill, PrefillServer};
@@ -113,7 +114,7 @@ impl Service {
             jobs: jobs_tx.downgrade(),
             transfer_rate: Mutex::new(TransferRate::default()),
             ending: CancellationToken::new(),
-            moving: Mutex::new(stop.child_token()),
+            moving: Recall::below(stop.clone()),
             stop,
             sessions: TaskTracker::new(),
             config,
@@ -228,7 +229,7 @@ impl Handle {
 
     /// Ends the requests that run, so that they go on elsewhere.
     pub fn move_away(&self) {
-        self.shared.move_away();
+        self.shared.moving.end();
     }
 
     /// Requests that were accepted and have not ended.

@@ -11,7 +11,6 @@ use tokio::time::Instant;
 use tonic::{Status, Streaming};
 use types::Error;
 
-use crate::engine_loop::lock;
 use crate::handover::{Handover, prepare};
 use crate::peer::{End, Peer};
 use crate::shared::Shared;
@@ -24,8 +23,7 @@ pub(crate) async fn run(
 ) {
     let start_due = Instant::now() + shared.config.start_timeout;
     let heartbeat = shared.config.heartbeat_interval;
-    let stop = lock(&shared.moving).clone();
-    let mut peer = Peer::new(commands, events, start_due, heartbeat, stop);
+    let mut peer = Peer::new(commands, events, start_due, heartbeat, shared.moving.token());
     let outcome = match serve(&shared, &mut peer).await {
         Ok(()) => "landed",
         Err(end) => {

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use engine::Model;
 use kv_store::Store;
-use node::Channels;
+use node::{Channels, Recall};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -43,8 +43,8 @@ pub(crate) struct Shared {
     pub(crate) ending: CancellationToken,
     /// Nothing goes on.
     pub(crate) stop: CancellationToken,
-    /// Nothing of what runs goes on, but what comes does: below `stop`, and made anew whenever it is used.
-    pub(crate) moving: Mutex<CancellationToken>,
+    /// Nothing of what runs goes on, but what comes does.
+    pub(crate) moving: Recall,
     pub(crate) sessions: TaskTracker,
     pub(crate) session_permits: Arc<Semaphore>,
 }
@@ -91,12 +91,6 @@ impl Shared {
             .handoff_exposed_seconds
             .observe(overlap.exposed().as_secs_f64());
         lock(&self.transfer_rate).observe(bytes, overlap.busy().as_secs_f64() * 1e3);
-    }
-
-    /// Ends the requests that run, so that they go on elsewhere.
-    pub(crate) fn move_away(&self) {
-        let next = self.stop.child_token();
-        std::mem::replace(&mut *lock(&self.moving), next).cancel();
     }
 
     /// Whether new requests are refused.

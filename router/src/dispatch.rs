@@ -16,9 +16,9 @@ mod latency;
 mod running;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
-use node::Channels;
+use node::{Channels, clock};
 use proto::v1;
 use tokio::sync::Semaphore;
 use types::{Error, ErrorCode, Millis, RequestId, TraceParent};
@@ -297,7 +297,7 @@ impl Dispatcher {
                 &shared.model,
                 &shared.config,
                 context_tokens_max,
-                unix_s(),
+                clock::unix_s(SystemTime::now()),
             )
         };
         if !long {
@@ -348,14 +348,9 @@ fn text_bytes(input: &Input) -> usize {
     }
 }
 
-fn unix_s() -> u64 {
-    unix_ms() / 1000
-}
-
 pub(crate) fn unix_ms() -> u64 {
     // A clock before 1970 is a date in a template or a list at worst.
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+    clock::unix_ms(SystemTime::now())
 }
 
 /// What is left until `deadline`, at least a millisecond.

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Request, State};
@@ -84,9 +84,9 @@ impl Guard {
             key,
             member: peer.is_some_and(|peer| peer.member),
         };
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now_unix_s = node::clock::unix_s(SystemTime::now());
         let policy = self.shared.policy.read().unwrap_or_else(PoisonError::into_inner);
-        policy.admit(need, shown, now.as_secs())
+        policy.admit(need, shown, now_unix_s)
     }
 }
 

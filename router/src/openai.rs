@@ -16,7 +16,7 @@ mod error;
 mod parameters;
 mod stream;
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime};
 
 use axum::Router;
 use axum::body::Body;
@@ -146,7 +146,7 @@ async fn read(
             id,
             model: model.name().to_owned(),
             fingerprint: fingerprint(model),
-            created_unix_s: unix_s(),
+            created_unix_s: node::clock::unix_s(SystemTime::now()),
             include_usage: output.include_usage,
         },
         stream: output.stream,
@@ -371,9 +371,4 @@ fn request_id(headers: &HeaderMap) -> Option<RequestId> {
 fn fingerprint(model: &Model) -> String {
     let digest = model.digest();
     format!("fp_{}", digest.get(..10).unwrap_or(digest))
-}
-
-fn unix_s() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| since.as_secs())
 }

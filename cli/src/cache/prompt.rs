@@ -130,8 +130,7 @@ async fn tokenise(flags: &PromptArgs, space: &KvSpace, text: String) -> anyhow::
     if !flags.chat {
         return Ok(model.tokens_of_text(&text));
     }
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let now_unix_s = now.map_or(0, |now| now.as_secs());
+    let now_unix_s = node::clock::unix_s(std::time::SystemTime::now());
     Ok(model.tokens_of_chat(&[json!({ "role": "user", "content": text })], now_unix_s)?)
 }
 

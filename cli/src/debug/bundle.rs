@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -110,7 +110,7 @@ impl Bundle {
     /// Writes the file.
     pub(super) fn write(self, file: File, now: SystemTime) -> anyhow::Result<()> {
         let mut archive = tar::Builder::new(GzEncoder::new(file, Compression::default()));
-        let seconds = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let seconds = node::clock::unix_s(now);
         let mut add = |name: &str, text: &str| {
             let mut header = tar::Header::new_gnu();
             header.set_size(text.len() as u64);

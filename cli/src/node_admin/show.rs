@@ -102,9 +102,7 @@ fn table(known: &NodeStatus, said: Option<&(NodeInfo, LoadReport)>) -> String {
     row("running", load.running_sequences.to_string());
     row("queued", load.queued_requests.to_string());
     if record.role != Role::Router {
-        let used = record
-            .capacity_blocks
-            .saturating_sub(load.free_blocks + load.evictable_blocks);
+        let used = load.used_blocks(record.capacity_blocks);
         row("kv used", format!("{used}/{} blocks", record.capacity_blocks));
         row(
             "prefill",

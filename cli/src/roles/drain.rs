@@ -102,6 +102,13 @@ impl Drain {
         self.shift(&[Stage::Flipping], Stage::Serving);
     }
 
+    /// Waits until no request runs here any more.
+    pub(super) async fn idle(&self) {
+        while (self.shared.work.requests)() > 0 {
+            tokio::time::sleep(REQUESTS_POLL).await;
+        }
+    }
+
     /// Does what `Drain` starts, as often as it is asked for. Does not end.
     pub(super) async fn run(self) {
         let shared = &self.shared;
@@ -112,9 +119,7 @@ impl Drain {
                 match now {
                     Stage::Serving | Stage::Flipping | Stage::Done => std::future::pending().await,
                     Stage::Finishing => {
-                        while (shared.work.requests)() > 0 {
-                            tokio::time::sleep(REQUESTS_POLL).await;
-                        }
+                        self.idle().await;
                         self.shift(&[now], Stage::Offering);
                     }
                     Stage::Offering => {

@@ -20,9 +20,6 @@ use super::drain::Drain;
 use super::engines::Engines;
 use super::membership::Membership;
 
-/// How often it is looked at whether requests still run.
-const REQUESTS_POLL: Duration = Duration::from_millis(20);
-
 /// How long requests that were told to go on elsewhere may take to give back what they hold. Fences close in milliseconds.
 const MOVE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -70,7 +67,7 @@ impl Flip {
 
     /// Waits until no request runs here any more.
     async fn let_go(&self, grace: Duration) -> Result<(), Error> {
-        if timeout(grace, self.idle()).await.is_ok() {
+        if timeout(grace, self.drain.idle()).await.is_ok() {
             return Ok(());
         }
         tracing::info!(
@@ -78,19 +75,13 @@ impl Flip {
             "has its requests go on elsewhere"
         );
         self.engines.move_away();
-        timeout(MOVE_TIMEOUT, self.idle()).await.map_err(|_| {
+        timeout(MOVE_TIMEOUT, self.drain.idle()).await.map_err(|_| {
             let requests = self.engines.requests();
             let message = format!(
                 "{requests} requests did not end when they were told to, so that the node keeps its role"
             );
             Error::new(ErrorCode::Timeout, message)
         })
-    }
-
-    async fn idle(&self) {
-        while self.engines.requests() > 0 {
-            tokio::time::sleep(REQUESTS_POLL).await;
-        }
     }
 }
 

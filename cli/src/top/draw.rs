@@ -9,7 +9,9 @@ use ratatui::widgets::{Cell, Paragraph, Row, Table, Widget};
 
 use super::snapshot::{NodeRow, RequestRow, Snapshot};
 use super::view::{NODE_COLUMNS, Panel, REQUEST_COLUMNS, View};
+use crate::output::Tone;
 use crate::requests::time;
+use crate::status;
 
 /// Cells of the bar of a pool.
 const BAR: usize = 10;
@@ -95,10 +97,10 @@ fn node_table(snapshot: &Snapshot, view: &View) -> Table<'static> {
 }
 
 fn node_row(node: &NodeRow) -> Row<'static> {
-    let colour = match node.state {
-        "ready" => Color::Green,
-        "lost" => Color::Red,
-        _ => Color::Yellow,
+    let colour = match status::tone(node.state) {
+        Tone::Good => Color::Green,
+        Tone::Warning => Color::Yellow,
+        Tone::Bad => Color::Red,
     };
     let has_pool = node.role != "router";
     Row::new([

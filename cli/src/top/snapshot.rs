@@ -156,7 +156,6 @@ const LISTED_MAX: usize = 256;
 fn node_row(node: &NodeStatus) -> NodeRow {
     let load = node.load.unwrap_or_default();
     let part = |blocks: u64| blocks as f64 / node.record.capacity_blocks.max(1) as f64;
-    let unused = load.free_blocks + load.evictable_blocks;
     NodeRow {
         id: node.record.id.to_string(),
         role: node.record.role.as_str(),
@@ -166,7 +165,7 @@ fn node_row(node: &NodeStatus) -> NodeRow {
         // A router has no pool.
         kv_used: match (node.record.role, node.load) {
             (Role::Router, _) | (_, None) => 0.0,
-            (_, Some(_)) => part(node.record.capacity_blocks.saturating_sub(unused)),
+            (_, Some(_)) => part(load.used_blocks(node.record.capacity_blocks)),
         },
         kv_cached: part(load.evictable_blocks),
         tokens_per_s: tokens_per_s(node.record.role, &load),

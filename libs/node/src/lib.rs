@@ -18,10 +18,12 @@
 
 pub mod backoff;
 pub mod channel;
+pub mod clock;
 pub mod config;
 pub mod host;
 pub mod identity;
 pub mod metrics;
+pub mod recall;
 pub mod registry;
 pub mod reload;
 pub mod serve;
@@ -34,6 +36,7 @@ pub mod tls;
 pub use channel::{ApiKey, Channel, Channels, Connector, channel};
 pub use identity::Identity;
 pub use metrics::Metrics;
+pub use recall::Recall;
 pub use serve::{Listeners, Readiness};
 pub use service::{Drainable, Flippable, LoadSource, NodeService};
 pub use shutdown::Shutdown;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use futures::future::BoxFuture;
 use futures::{Stream, stream};
@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use types::{Error, LoadReport, NodeRecord, Role};
 
+use crate::clock;
 use crate::telemetry::LogLevels;
 
 /// Between two reports where the watcher asks for nothing else. The router adds what it placed itself meanwhile.
@@ -171,7 +172,7 @@ impl Node for NodeService {
         Ok(Response::new(v1::InfoResponse {
             record_json: proto::convert::record_to_json(&self.record()),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            unix_time_ms: unix_time_ms(),
+            unix_time_ms: clock::unix_ms(SystemTime::now()),
         }))
     }
 
@@ -239,12 +240,6 @@ impl Node for NodeService {
                 .map_or(0, |left| left.as_millis().max(1) as u64),
         }))
     }
-}
-
-/// 0 from a clock that stands before 1970, which is as good as none.
-fn unix_time_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 async fn next_report(

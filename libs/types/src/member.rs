@@ -119,6 +119,11 @@ impl LoadReport {
         !self.draining && !self.cordoned
     }
 
+    /// Blocks that requests hold, of a pool of `capacity_blocks`.
+    pub fn used_blocks(&self, capacity_blocks: u64) -> u64 {
+        capacity_blocks.saturating_sub(self.free_blocks + self.evictable_blocks)
+    }
+
     /// `draining`, `cordoned` or `ready`, as it is shown to people.
     pub fn state(&self) -> &'static str {
         match (self.draining, self.cordoned) {
