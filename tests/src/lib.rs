@@ -8,6 +8,7 @@ pub mod cases;
 pub mod certificates;
 pub mod etcd;
 pub mod load;
+pub mod pod;
 
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
@@ -18,6 +19,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use engine::fixture::{TinyModel, write_tiny_gguf};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use proto::v1;
@@ -198,6 +200,17 @@ pub struct Ready {
     pub registry: String,
     /// The processes.
     pub nodes: Vec<ReadyNode>,
+}
+
+/// A tiny model, written into `folder`.
+///
+/// # Panics
+///
+/// It cannot be written.
+pub fn tiny(folder: &Path) -> PathBuf {
+    let path = folder.join("tiny.gguf");
+    write_tiny_gguf(&path, &TinyModel::default()).expect("write the model");
+    path
 }
 
 /// One process of a cluster.

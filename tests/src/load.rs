@@ -21,6 +21,20 @@ const POLL: Duration = Duration::from_millis(5);
 /// Requests a node must have a part in before it counts as used.
 const REQUESTS_MIN: usize = 6;
 
+/// What one engine alone answers to each.
+///
+/// # Panics
+///
+/// The model cannot be loaded.
+pub fn expected(model: &Path, cases: &[Case]) -> Vec<Vec<Token>> {
+    let model = engine::Model::load(model, engine::Precision::Fast).expect("load");
+    let mut monolith = engine::monolith::Monolith::new(model, 32, 2048, NonZeroUsize::MIN).expect("engine");
+    cases
+        .iter()
+        .map(|case| monolith.generate(&case.prompt, &case.sampling).expect("generate"))
+        .collect()
+}
+
 /// Requests with their answers, and what came of them.
 pub struct Load {
     /// Routers that share nothing. A client goes on to the next one where one takes no connection.
@@ -58,13 +72,7 @@ impl Load {
     ///
     /// The model cannot be loaded.
     pub fn new(model: &Path, routers: &[&str], cases: Vec<Case>) -> Arc<Self> {
-        let model = engine::Model::load(model, engine::Precision::Fast).expect("load");
-        let mut monolith =
-            engine::monolith::Monolith::new(model, 32, 2048, NonZeroUsize::MIN).expect("engine");
-        let expected = cases
-            .iter()
-            .map(|case| monolith.generate(&case.prompt, &case.sampling).expect("generate"))
-            .collect();
+        let expected = expected(model, &cases);
         Arc::new(Self {
             routers: routers.iter().map(|&router| router.to_owned()).collect(),
             cases,

@@ -5,24 +5,17 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-use engine::fixture::{TinyModel, write_tiny_gguf};
 use flate2::read::GzDecoder;
 use nix::sys::signal::Signal;
 use rstest::rstest;
 use serde_json::Value;
-use tests::{Cluster, Process, perigee};
+use tests::{Cluster, Process, perigee, tiny};
 
 const TENANT: &str = "acme-of-the-test";
 const PROMPT: &str = "It was the best of times, it was the worst of times, it was the age of wisdom";
-
-fn tiny(folder: &Path) -> PathBuf {
-    let path = folder.join("tiny.gguf");
-    write_tiny_gguf(&path, &TinyModel::default()).expect("write the model");
-    path
-}
 
 /// Commands with contexts of their own.
 struct Client {

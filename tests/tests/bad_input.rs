@@ -3,21 +3,15 @@
 #![allow(missing_docs)]
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-use engine::fixture::{TinyModel, write_tiny_gguf, write_tiny_hf};
+use engine::fixture::{TinyModel, write_tiny_hf};
 use proto::v1;
 use proto::v1::generate_request::Input;
 use rstest::rstest;
-use tests::{Cluster, generate, perigee};
+use tests::{Cluster, generate, perigee, tiny};
 use types::ErrorCode;
-
-fn tiny(folder: &Path) -> PathBuf {
-    let path = folder.join("tiny.gguf");
-    write_tiny_gguf(&path, &TinyModel::default()).expect("write the model");
-    path
-}
 
 fn prompt(text: &str) -> v1::GenerateRequest {
     v1::GenerateRequest {

@@ -2,20 +2,13 @@
 
 #![allow(missing_docs)]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
-use engine::fixture::{TinyModel, write_tiny_gguf};
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
-use tests::{Cluster, perigee, wait_for};
+use tests::{Cluster, perigee, tiny, wait_for};
 use types::ErrorCode;
-
-fn tiny(folder: &Path) -> PathBuf {
-    let path = folder.join("tiny.gguf");
-    write_tiny_gguf(&path, &TinyModel::default()).expect("write the model");
-    path
-}
 
 /// A cluster whose prompts are all prefilled apart, its model, and the folder that this is in.
 fn cluster() -> (Cluster, PathBuf, tempfile::TempDir) {

@@ -2,12 +2,11 @@
 
 #![allow(missing_docs)]
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
 
 use client::{Blocks, Place};
-use engine::fixture::{TinyModel, write_tiny_gguf};
 use nix::sys::signal::Signal;
 use proto::v1::decode_client::DecodeClient;
 use proto::v1::prefill_client::PrefillClient;
@@ -15,89 +14,42 @@ use proto::{status, v1};
 use serde_json::Value;
 use tests::cases::{Case, Random, token};
 use tests::load::Load;
-use tests::{Cluster, Process, free_port, generate, newer, perigee, records, wait_for_status};
+use tests::pod::Pod;
+use tests::{Cluster, Process, generate, newer, perigee, records, tiny, wait_for_status};
 use transfer::{TcpTransport, tcp};
 use types::{Epoch, ErrorCode, NodeRecord, Role, Token};
 
 const VOCABULARY: u32 = 256;
 const CLIENTS: usize = 4;
 
-fn tiny(folder: &Path) -> PathBuf {
-    let path = folder.join("tiny.gguf");
-    write_tiny_gguf(&path, &TinyModel::default()).expect("write the model");
-    path
+/// A node beside the cluster's own ones.
+fn guest(role: Role, cluster: &Cluster, model: &Path) -> Pod {
+    let id = format!("{}-guest", role.as_str());
+    Pod::new(
+        role,
+        &id,
+        &cluster.ready.registry,
+        model,
+        &["--kv-memory", "64MiB", "--threads", "1"],
+    )
 }
 
-/// A node beside the cluster's own ones, always at the same port, as in a container.
-struct Guest {
-    role: Role,
-    id: String,
-    grpc_port: u16,
-    registry: String,
-    model: PathBuf,
-    folder: tempfile::TempDir,
-}
-
-impl Guest {
-    fn new(role: Role, cluster: &Cluster, model: &Path) -> Self {
-        Self {
-            role,
-            id: format!("{}-guest", role.as_str()),
-            grpc_port: free_port(),
-            registry: cluster.ready.registry.clone(),
-            model: model.to_owned(),
-            folder: tempfile::tempdir().expect("folder"),
+/// Whether a node refuses requests so that a router tries elsewhere.
+async fn refuses(guest: &Pod) -> bool {
+    let channel = node::channel(&format!("127.0.0.1:{}", guest.grpc_port)).expect("an endpoint");
+    let refused = match guest.role {
+        Role::Decode => {
+            let mut client = DecodeClient::new(channel);
+            client.decode(v1::DecodeRequest::default()).await.err()
         }
-    }
-
-    fn start(&self) -> Process {
-        let mut command = Command::new(perigee());
-        command
-            .args([self.role.as_str(), "--registry", &self.registry, "--id", &self.id])
-            .args(["--kv-memory", "64MiB", "--threads", "1"])
-            .args(["--grpc-port", &self.grpc_port.to_string()])
-            .arg("--model")
-            .arg(&self.model);
-        Process::start(&mut command, self.folder.path(), &self.id)
-    }
-
-    /// What the chart's hook runs in the node's container: the settings are all that it has.
-    fn drain_self(&self) {
-        let config = self.folder.path().join("perigee.toml");
-        let text = format!("[node]\nlisten = \"0.0.0.0\"\ngrpc_port = {}\n", self.grpc_port);
-        std::fs::write(&config, text).expect("write the settings");
-        let output = Command::new(perigee())
-            .args(["node", "drain", "--self", "--wait"])
-            .env("PERIGEE_CONFIG", config)
-            .env("PERIGEE_NODE__ADVERTISE", "nowhere.invalid")
-            .env("PERIGEE_ROUTER", "nowhere.invalid:1")
-            .output()
-            .expect("start");
-        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(output.status.success(), "{output:?}");
-        assert!(
-            printed.starts_with(&format!("{} is drained", self.id)),
-            "{printed}"
-        );
-    }
-
-    /// Whether it refuses requests so that a router tries elsewhere.
-    async fn refuses(&self) -> bool {
-        let channel = node::channel(&format!("127.0.0.1:{}", self.grpc_port)).expect("an endpoint");
-        let refused = match self.role {
-            Role::Decode => {
-                let mut client = DecodeClient::new(channel);
-                client.decode(v1::DecodeRequest::default()).await.err()
-            }
-            Role::Prefill => {
-                let mut client = PrefillClient::new(channel);
-                let commands = tokio_stream::iter(Vec::<v1::PrefillCommand>::new());
-                client.prefill(commands).await.err()
-            }
-            Role::Store | Role::Router => panic!("it takes no requests"),
-        };
-        refused.is_some_and(|refused| status::from_status(&refused).code == ErrorCode::Unavailable)
-    }
+        Role::Prefill => {
+            let mut client = PrefillClient::new(channel);
+            let commands = tokio_stream::iter(Vec::<v1::PrefillCommand>::new());
+            client.prefill(commands).await.err()
+        }
+        Role::Store | Role::Router => panic!("it takes no requests"),
+    };
+    refused.is_some_and(|refused| status::from_status(&refused).code == ErrorCode::Unavailable)
 }
 
 /// Runs `perigee node …` against the cluster's router.
@@ -143,19 +95,14 @@ fn load(model: &Path, grpc: &str) -> Arc<Load> {
 }
 
 /// Drains the guest, takes it back, drains it again, stops it, and starts it anew.
-async fn take_out_and_put_back(
-    guest: &Guest,
-    mut process: Process,
-    cluster: &Cluster,
-    load: &Load,
-) -> Process {
+async fn take_out_and_put_back(guest: &Pod, mut process: Process, cluster: &Cluster, load: &Load) -> Process {
     let (id, grpc) = (guest.id.as_str(), &cluster.ready.grpc);
     let epoch = newer(grpc, id, Epoch(0)).await.epoch;
     load.uses(id).await;
-    assert!(!guest.refuses().await);
+    assert!(!refuses(guest).await);
 
     guest.drain_self();
-    assert!(guest.refuses().await);
+    assert!(refuses(guest).await);
     let said = shown(cluster, id);
     assert_eq!(
         (&said["state"], &said["load"]["drain"]["done"]),
@@ -175,7 +122,7 @@ async fn take_out_and_put_back(
     assert_eq!(load.seen().of(id), part, "a drained node is used");
 
     printed(cluster, &["resume", id]);
-    assert!(!guest.refuses().await);
+    assert!(!refuses(guest).await);
     load.uses(id).await;
 
     let text = printed(cluster, &["drain", id, "--wait", "--timeout", "1m"]);
@@ -200,7 +147,7 @@ async fn nodes_that_are_drained_stopped_and_started_again_cost_no_request() {
     let work = async {
         let mut running = Vec::new();
         for role in [Role::Decode, Role::Prefill] {
-            let guest = Guest::new(role, &cluster, &model);
+            let guest = guest(role, &cluster, &model);
             let process = take_out_and_put_back(&guest, guest.start(), &cluster, &load).await;
             running.push((process, guest));
         }

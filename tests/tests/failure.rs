@@ -5,26 +5,20 @@
 use std::process::Command;
 use std::time::Duration;
 
-use engine::fixture::{TinyModel, write_tiny_gguf};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use proto::v1;
 use proto::v1::inference_client::InferenceClient;
 use tests::cases::{Case, Random, token};
 use tests::etcd::Etcd;
-use tests::{Cluster, Process, client, free_port, generate, heard, perigee, wait_for, wait_for_status};
+use tests::load::expected;
+use tests::{Cluster, Process, client, free_port, generate, heard, perigee, tiny, wait_for, wait_for_status};
 use tokio::task::JoinSet;
 use tonic::Streaming;
 use tonic::transport::Channel;
 use types::Token;
 
 const VOCABULARY: u32 = 256;
-
-fn tiny(folder: &std::path::Path) -> std::path::PathBuf {
-    let path = folder.join("tiny.gguf");
-    write_tiny_gguf(&path, &TinyModel::default()).expect("write the model");
-    path
-}
 
 /// Long outputs from short prompts, so that whatever dies dies in the middle of many.
 fn cases(seed: u64, count: usize) -> Vec<Case> {
@@ -37,16 +31,6 @@ fn cases(seed: u64, count: usize) -> Vec<Case> {
             case.sampling.ignore_eos = true;
             case
         })
-        .collect()
-}
-
-fn expected(model: &std::path::Path, cases: &[Case]) -> Vec<Vec<Token>> {
-    let model = engine::Model::load(model, engine::Precision::Fast).expect("load");
-    let one = std::num::NonZeroUsize::MIN;
-    let mut monolith = engine::monolith::Monolith::new(model, 32, 2048, one).expect("engine");
-    cases
-        .iter()
-        .map(|case| monolith.generate(&case.prompt, &case.sampling).expect("generate"))
         .collect()
 }
 

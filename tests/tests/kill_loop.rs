@@ -2,18 +2,17 @@
 
 #![allow(missing_docs)]
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::fixture::{TinyModel, write_tiny_gguf};
 use proto::v1::prefill_client::PrefillClient;
 use proto::v1::{prefill_command, prefill_event};
 use proto::{status, v1};
 use tests::cases::{Case, Random, token};
 use tests::load::Load;
-use tests::{Cluster, PATIENCE, Process, free_port, generate, newer, perigee};
+use tests::pod::Pod;
+use tests::{Cluster, PATIENCE, Process, free_port, generate, newer, tiny};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use transfer::{
@@ -29,40 +28,11 @@ const CLIENTS: usize = 4;
 const REQUESTS_PER_LIFE: usize = 12;
 
 /// A node beside the cluster's own ones, always at the same ports.
-struct Victim {
-    role: Role,
-    id: String,
-    grpc_port: u16,
-    transfer_port: u16,
-    registry: String,
-    model: PathBuf,
-    folder: tempfile::TempDir,
-}
-
-impl Victim {
-    fn new(role: Role, cluster: &Cluster, model: &Path) -> Self {
-        Self {
-            role,
-            id: format!("{}-victim", role.as_str()),
-            grpc_port: free_port(),
-            transfer_port: free_port(),
-            registry: cluster.ready.registry.clone(),
-            model: model.to_owned(),
-            folder: tempfile::tempdir().expect("folder"),
-        }
-    }
-
-    fn start(&self) -> Process {
-        let mut command = Command::new(perigee());
-        command
-            .args([self.role.as_str(), "--registry", &self.registry, "--id", &self.id])
-            .args(["--kv-memory", "64MiB", "--threads", "1"])
-            .args(["--grpc-port", &self.grpc_port.to_string()])
-            .args(["--set", &format!("node.transfer_port={}", self.transfer_port)])
-            .arg("--model")
-            .arg(&self.model);
-        Process::start(&mut command, self.folder.path(), &self.id)
-    }
+fn victim(role: Role, cluster: &Cluster, model: &Path) -> Pod {
+    let id = format!("{}-victim", role.as_str());
+    let transfer_port = format!("node.transfer_port={}", free_port());
+    let settings = ["--kv-memory", "64MiB", "--threads", "1", "--set", &transfer_port];
+    Pod::new(role, &id, &cluster.ready.registry, model, &settings)
 }
 
 /// The incarnation that is at the ports now takes nothing that is meant for `past`.
@@ -123,7 +93,7 @@ async fn refuses_the_past(record: &NodeRecord, past: Epoch) {
 }
 
 /// Kills the victim and starts it again, over and over, and at last leaves it running.
-async fn torment(victim: Victim, grpc: String, load: Arc<Load>) -> (Process, tempfile::TempDir) {
+async fn torment(victim: Pod, grpc: String, load: Arc<Load>) -> (Process, Pod) {
     let mut process = victim.start();
     let mut epoch = newer(&grpc, &victim.id, Epoch(0)).await.epoch;
     for _ in 0..KILLS {
@@ -134,7 +104,7 @@ async fn torment(victim: Victim, grpc: String, load: Arc<Load>) -> (Process, tem
         refuses_the_past(&record, epoch).await;
         epoch = record.epoch;
     }
-    (process, victim.folder)
+    (process, victim)
 }
 
 fn cases() -> Vec<Case> {
@@ -148,8 +118,7 @@ fn cases() -> Vec<Case> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nodes_that_are_killed_again_and_again_cost_no_request_and_trouble_no_other_node() {
     let folder = tempfile::tempdir().expect("folder");
-    let model = folder.path().join("tiny.gguf");
-    write_tiny_gguf(&model, &TinyModel::default()).expect("write the model");
+    let model = tiny(folder.path());
     let mut cluster = Cluster::start(
         &model,
         &[
@@ -169,7 +138,7 @@ async fn nodes_that_are_killed_again_and_again_cost_no_request_and_trouble_no_ot
         let begun = Instant::now();
         let mut victims = JoinSet::new();
         for role in [Role::Prefill, Role::Decode, Role::Store] {
-            let victim = Victim::new(role, &cluster, &model);
+            let victim = victim(role, &cluster, &model);
             victims.spawn(torment(victim, grpc.clone(), load.clone()));
         }
         let mut running = Vec::new();
@@ -213,7 +182,7 @@ async fn nodes_that_are_killed_again_and_again_cost_no_request_and_trouble_no_ot
         .filter(|line| !line.contains("UCX  ERROR"))
         .find(|line| line.contains("starting it again") || line.contains("ERROR"));
     assert_eq!(again, None, "another node was troubled");
-    for (mut process, _folder) in running {
+    for (mut process, _victim) in running {
         assert!(process.alive(), "{}", process.log());
     }
 }

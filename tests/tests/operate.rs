@@ -5,20 +5,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use engine::fixture::{TinyModel, write_tiny_gguf};
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
-use tests::{Cluster, free_port, perigee, root, wait_for};
+use tests::{Cluster, free_port, perigee, root, tiny, wait_for};
 use types::ErrorCode;
-
-fn tiny(folder: &Path) -> PathBuf {
-    let path = folder.join("tiny.gguf");
-    write_tiny_gguf(&path, &TinyModel::default()).expect("write the model");
-    path
-}
 
 fn run(arguments: &[&str]) -> String {
     let output = Command::new(perigee()).args(arguments).output().expect("start");

@@ -3,30 +3,24 @@
 #![allow(missing_docs)]
 
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
 
-use engine::fixture::{TinyModel, write_tiny_gguf};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tests::cases::{Case, Random, token};
 use tests::etcd::Etcd;
 use tests::load::Load;
-use tests::{Cluster, PATIENCE, Process, client, free_port, perigee, records, wait_for, wait_for_status};
+use tests::pod::Pod;
+use tests::{Cluster, PATIENCE, Process, client, perigee, records, tiny, wait_for, wait_for_status};
 use types::{NodeRecord, Role, Token};
 
 const VOCABULARY: u32 = 256;
 const CLIENTS: usize = 4;
 /// Requests that a rolling restart must have cost none of.
 const REQUESTS_MIN: usize = 500;
-
-fn tiny(folder: &Path) -> PathBuf {
-    let path = folder.join("tiny.gguf");
-    write_tiny_gguf(&path, &TinyModel::default()).expect("write the model");
-    path
-}
 
 /// Short and long answers, drawn in every way.
 fn cases() -> Vec<Case> {
@@ -37,71 +31,40 @@ fn cases() -> Vec<Case> {
         .collect()
 }
 
-/// A process of the cluster, always at the same port and under the same name, as in a container.
-struct Pod {
-    role: &'static str,
-    id: String,
-    grpc_port: u16,
-    arguments: Vec<String>,
-    folder: tempfile::TempDir,
+/// A pod and its process, which ends before the folder goes that has its log.
+struct Running {
     process: Option<Process>,
+    pod: Pod,
 }
 
-impl Pod {
-    fn new(role: &'static str, number: usize, registry: &str, model: &Path) -> Self {
-        let (id, grpc_port) = (format!("{role}-{number}"), free_port());
-        let mut arguments = vec![role, "--id", &id, "--registry", registry];
-        let (port, model) = (grpc_port.to_string(), model.to_str().expect("UTF-8"));
-        arguments.extend(["--grpc-port", &port, "--model", model]);
-        match role {
-            "router" => arguments.extend([
+impl Running {
+    fn start(role: Role, number: usize, registry: &str, model: &Path) -> Self {
+        let settings: &[&str] = match role {
+            Role::Router => &[
                 "--set",
                 "router.policy=round_robin",
                 "--set",
                 "router.local_prefill_tokens_max=0",
-            ]),
-            "store" => arguments.extend(["--kv-memory", "16MiB"]),
-            _ => arguments.extend(["--kv-memory", "64MiB", "--threads", "1"]),
-        }
-        let arguments = arguments.into_iter().map(str::to_owned).collect();
-        let folder = tempfile::tempdir().expect("folder");
-        let mut pod = Self {
-            role,
-            id,
-            grpc_port,
-            arguments,
-            folder,
-            process: None,
+            ],
+            Role::Store => &["--kv-memory", "16MiB"],
+            Role::Prefill | Role::Decode => &["--kv-memory", "64MiB", "--threads", "1"],
         };
-        pod.start();
-        pod
-    }
-
-    fn start(&mut self) {
-        let mut command = Command::new(perigee());
-        command.args(&self.arguments);
-        self.process = Some(Process::start(&mut command, self.folder.path(), &self.id));
+        let pod = Pod::new(role, &format!("{role}-{number}"), registry, model, settings);
+        let process = Some(pod.start());
+        Self { pod, process }
     }
 
     fn url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.grpc_port)
+        format!("http://127.0.0.1:{}", self.pod.grpc_port)
     }
 
     /// What a StatefulSet does with a container that has the chart's hook.
     async fn replace(&mut self, routers: &[String]) {
-        let config = self.folder.path().join("perigee.toml");
-        let text = format!("[node]\nlisten = \"127.0.0.1\"\ngrpc_port = {}\n", self.grpc_port);
-        std::fs::write(&config, text).expect("write the settings");
-        let hook = Command::new(perigee())
-            .args(["node", "drain", "--self", "--wait"])
-            .env("PERIGEE_CONFIG", config)
-            .output()
-            .expect("start");
-        assert!(hook.status.success(), "{hook:?}");
+        self.pod.drain_self();
         let mut process = self.process.take().expect("it runs");
         process.signal(Signal::SIGTERM);
         assert_eq!(process.wait(), Some(0), "{}", process.log());
-        self.start();
+        self.process = Some(self.pod.start());
         for router in routers {
             self.is_heard(router).await;
         }
@@ -109,9 +72,9 @@ impl Pod {
 
     /// Waits until the router has heard of it; a router is heard of once it listens, and knows whom it places on.
     async fn is_heard(&self, router: &str) {
-        if self.role == "router" {
+        if self.pod.role == Role::Router {
             wait_for("the router to listen", || {
-                TcpStream::connect(("127.0.0.1", self.grpc_port)).ok()
+                TcpStream::connect(("127.0.0.1", self.pod.grpc_port)).ok()
             });
             let mut client = client(&self.url()).await;
             wait_for_status(&mut client, |status| match records(&status).count() {
@@ -125,11 +88,11 @@ impl Pod {
         wait_for_status(&mut client, |status| {
             let ready = tests::heard(&status).any(|node| {
                 let record: NodeRecord = serde_json::from_str(&node.record_json).expect("record");
-                record.id.as_str() == self.id && !node.load_json.contains("\"draining\":true")
+                record.id.as_str() == self.pod.id && !node.load_json.contains("\"draining\":true")
             });
             ready
                 .then_some(())
-                .ok_or_else(|| format!("{} is not back", self.id))
+                .ok_or_else(|| format!("{} is not back", self.pod.id))
         })
         .await;
     }
@@ -141,25 +104,27 @@ async fn a_rolling_restart_of_every_role_costs_no_request_and_no_token() {
     let model = tiny(folder.path());
     let etcd = Etcd::start();
     let pods = |role| (0..2).map(move |number| (role, number));
-    let roles = pods("prefill").chain(pods("decode")).chain([("store", 0)]);
-    let mut nodes: Vec<Pod> = roles
-        .map(|(role, number)| Pod::new(role, number, &etcd.url(), &model))
+    let roles = pods(Role::Prefill)
+        .chain(pods(Role::Decode))
+        .chain([(Role::Store, 0)]);
+    let mut nodes: Vec<Running> = roles
+        .map(|(role, number)| Running::start(role, number, &etcd.url(), &model))
         .collect();
-    let mut routers: Vec<Pod> = pods("router")
-        .map(|(role, number)| Pod::new(role, number, &etcd.url(), &model))
+    let mut routers: Vec<Running> = pods(Role::Router)
+        .map(|(role, number)| Running::start(role, number, &etcd.url(), &model))
         .collect();
-    let urls: Vec<String> = routers.iter().map(Pod::url).collect();
+    let urls: Vec<String> = routers.iter().map(Running::url).collect();
     for router in &routers {
         router.is_heard(&router.url()).await;
     }
     let both: Vec<&str> = urls.iter().map(String::as_str).collect();
     let load = Load::new(&model, &both, cases());
     let work = async {
-        for pod in &mut nodes {
+        for node in &mut nodes {
             load.goes_on(20).await;
-            pod.replace(&urls).await;
-            if pod.role != "store" {
-                load.uses(&pod.id).await;
+            node.replace(&urls).await;
+            if node.pod.role != Role::Store {
+                load.uses(&node.pod.id).await;
             }
         }
         for router in &mut routers {

@@ -7,26 +7,19 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
-use engine::fixture::{TinyModel, write_tiny_gguf};
 use node::{Connector, Tls, tls};
 use proto::v1;
 use proto::v1::node_client::NodeClient;
 use serde_json::Value;
 use tests::certificates::{Authority, Files, expired, expires_in, replace};
 use tests::etcd::Etcd;
-use tests::{Cluster, PATIENCE, Process, free_port, perigee, root, wait_for};
+use tests::{Cluster, PATIENCE, Process, free_port, perigee, root, tiny, wait_for};
 
 const NAME: &str = "members.test";
 const NAMES: [&str; 3] = [NAME, "127.0.0.1", "localhost"];
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const PROMPT: &str =
     "It was the best of times, it was the worst of times, it was the age of wisdom, and then it was not";
-
-fn tiny(folder: &Path) -> PathBuf {
-    let path = folder.join("tiny.gguf");
-    write_tiny_gguf(&path, &TinyModel::default()).expect("write the model");
-    path
-}
 
 /// What a command printed, and how it ended.
 struct Ended {
