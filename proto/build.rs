@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use prost::Message;
 
-const FILES: [&str; 11] = [
+const FILES: [&str; 12] = [
     "perigee/v1/cache.proto",
     "perigee/v1/common.proto",
     "perigee/v1/decode.proto",
@@ -15,6 +15,7 @@ const FILES: [&str; 11] = [
     "perigee/v1/requests.proto",
     "perigee/v1/routing.proto",
     "perigee/v1/store.proto",
+    "perigee/v1/tenants.proto",
     "perigee/v1/transfer.proto",
 ];
 

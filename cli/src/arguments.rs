@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use node::config::{ByteSize, Duration};
-use types::Priority;
+use types::{Priority, Role};
 
 use crate::bench::BenchArgs;
 use crate::cache::CacheCommand;
@@ -185,6 +185,16 @@ pub(crate) enum EngineRole {
     Decode,
 }
 
+impl EngineRole {
+    /// The role that is meant.
+    pub(crate) fn role(self) -> Role {
+        match self {
+            Self::Prefill => Role::Prefill,
+            Self::Decode => Role::Decode,
+        }
+    }
+}
+
 /// Flags of `node drain`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct DrainArgs {
@@ -259,6 +269,36 @@ pub(crate) enum ModelCommand {
     Pull(PullArgs),
     /// List the catalogue, and what the cluster serves
     List(Watch),
+    /// Have a node that holds blocks alone load its model, and prefill or decode
+    Load(LoadArgs),
+    /// Have a node free its model's memory, and go on as a store with the blocks that it has
+    Unload(UnloadArgs),
+}
+
+/// Flags of `model load`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct LoadArgs {
+    /// The node's name.
+    pub(crate) node: String,
+    /// What it is to be.
+    #[arg(long = "as", value_name = "ROLE")]
+    pub(crate) role: EngineRole,
+    /// How long that may take.
+    #[arg(long, value_name = "TIME", default_value = "10m")]
+    pub(crate) timeout: Duration,
+}
+
+/// Flags of `model unload`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct UnloadArgs {
+    /// The node's name.
+    pub(crate) node: String,
+    /// How long its requests may take to end before they go on elsewhere; at most 10m.
+    #[arg(long, value_name = "TIME", default_value = "5s")]
+    pub(crate) grace: Duration,
+    /// Unload also from the last decode node of a model.
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 /// Settings that have a flag; each one overrides the file and the environment.

@@ -38,6 +38,7 @@ use clap::Parser;
 use types::ErrorCode;
 
 use arguments::{Arguments, Command, ModelCommand, TransferCommand};
+use node_admin::flip;
 
 /// A router makes and drops hundreds of small values per request, in whichever thread: that is what this allocator is for.
 #[global_allocator]
@@ -128,6 +129,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Node(command) => block_on(node_admin::run(command, &router()?, output)),
         Command::Model(ModelCommand::Pull(flags)) => pull::pull(&flags, output),
         Command::Model(ModelCommand::List(watch)) => block_on(models::list(watch, &router()?, output)),
+        Command::Model(ModelCommand::Load(flags)) => block_on(flip::load(&flags, &router()?, output)),
+        Command::Model(ModelCommand::Unload(flags)) => block_on(flip::unload(&flags, &router()?, output)),
         Command::Key(command) => key::run(command, output),
         Command::Config(flags) => settings::run(&flags, output),
         Command::Context(command) => context::run(command, &cluster, output),

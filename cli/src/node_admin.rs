@@ -4,7 +4,7 @@
 //! in a container that is about to end, whatever becomes of the router meanwhile.
 
 mod drain;
-mod flip;
+pub(crate) mod flip;
 mod log_level;
 pub(crate) mod show;
 

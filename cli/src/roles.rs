@@ -177,8 +177,7 @@ async fn serve(
     process.follow_certificates();
     match role {
         Role::Router => workers::router(process, listeners).await?,
-        Role::Prefill | Role::Decode => workers::engine(process, listeners).await?,
-        Role::Store => workers::store(process, listeners).await?,
+        Role::Prefill | Role::Decode | Role::Store => workers::pool(process, listeners).await?,
     }
     match shutdown.failure() {
         Some(error) => Err(error.clone().into()),

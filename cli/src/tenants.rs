@@ -1,14 +1,16 @@
-//! `perigee tenant`: what each tenant has of the nodes' pools.
+//! `perigee tenant`: what each tenant has of the nodes' pools, and what it may have.
 //!
-//! Quotas and weights are settings of the nodes (`[store.tenants.NAME]`), so that they are the same after a restart; here they are
-//! shown.
+//! Quotas and weights are settings of the nodes (`[store.tenants.NAME]`). What is set here comes before them, and stays in the
+//! registry.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 
-use clap::Subcommand;
-use client::StoreStats;
+use clap::{Args, Subcommand};
+use client::{StoreStats, Tenants};
+use node::config::ByteSize;
 use serde_json::{Value, json};
-use types::{BlockHash, NodeId};
+use types::{BlockHash, NodeId, TenantQuota};
 
 use crate::cache;
 use crate::output::{self, Format, View, Watch};
@@ -29,15 +31,35 @@ pub(crate) enum TenantCommand {
         #[command(flatten)]
         watch: Watch,
     },
+    /// Set what a tenant may have of each node's pool, before what the nodes' settings say
+    SetQuota(SetQuotaArgs),
+}
+
+/// Flags of `tenant set-quota`.
+#[derive(Debug, Args)]
+#[group(id = "change", required = true, multiple = true, args = ["bytes_max", "weight", "reset"])]
+pub(crate) struct SetQuotaArgs {
+    /// The tenant; '' is for requests without one.
+    tenant: String,
+    /// Most that it may have of each pool, such as 2GiB; 0B is no bound. What it has beyond is evicted.
+    #[arg(long, value_name = "SIZE")]
+    bytes_max: Option<ByteSize>,
+    /// Its part of a pool when memory is short; 1 for all others.
+    #[arg(long)]
+    weight: Option<NonZeroU32>,
+    /// Forget what was set before, so that the nodes' settings hold in all that is not given here.
+    #[arg(long)]
+    reset: bool,
 }
 
 /// Runs one of the commands.
 pub(crate) async fn run(command: TenantCommand, router: &Router, format: Format) -> anyhow::Result<()> {
-    let members = cache::members(router).await?;
     let (watch, only) = match command {
         TenantCommand::List(watch) => (watch, None),
         TenantCommand::Usage { tenant, watch } => (watch, Some(tenant)),
+        TenantCommand::SetQuota(flags) => return set_quota(&flags, router, format).await,
     };
+    let members = cache::members(router).await?;
     let look = async || {
         let answers = cache::store_stats(&members).await;
         let said: Vec<(&NodeId, &StoreStats)> = answers
@@ -50,6 +72,37 @@ pub(crate) async fn run(command: TenantCommand, router: &Router, format: Format)
         })
     };
     watch.show(format, look).await
+}
+
+async fn set_quota(flags: &SetQuotaArgs, router: &Router, format: Format) -> anyhow::Result<()> {
+    let quota = TenantQuota {
+        bytes_max: flags.bytes_max.map(|bytes| bytes.0),
+        weight: flags.weight,
+    };
+    let tenants = Tenants::new(router.channel()?);
+    let holds = tenants.set_quota(&flags.tenant, quota, flags.reset).await?;
+    format.print(&quota_view(&flags.tenant, holds))
+}
+
+fn quota_view(tenant: &str, quota: TenantQuota) -> View {
+    let document = json!({ "tenant": tenant, "bytes_max": quota.bytes_max, "weight": quota.weight });
+    View::line(document, quota_text(tenant, quota)).named([tenant])
+}
+
+fn quota_text(tenant: &str, quota: TenantQuota) -> String {
+    let bytes = match quota.bytes_max {
+        None => "what the settings say".to_owned(),
+        Some(0) => "all".to_owned(),
+        Some(bytes) => format!("at most {}", output::bytes(bytes)),
+    };
+    let weight = match quota.weight {
+        None => "the weight of the settings".to_owned(),
+        Some(weight) => format!("weight {weight}"),
+    };
+    format!(
+        "{} may have {bytes} of each pool, with {weight}",
+        shown(Some(tenant), None)
+    )
 }
 
 /// Whether anybody names a tenant, or one has a limit.
@@ -224,12 +277,17 @@ mod tests {
         let (a, b) = (NodeId::new("decode-0"), NodeId::new("store-0"));
         let first = stats(&[(Some("acme"), 30, Some(50)), (Some(""), 10, None)]);
         let second = stats(&[(Some("acme"), 5, Some(50)), (None, 70, None)]);
-        let said = [(&a, &first), (&b, &second)];
-        golden::check("tenant-list", &list_view(&said));
-        golden::check("tenant-usage", &usage_view(&said, None));
-        let only = usage_view(&said, Some("acme"));
-        assert_eq!(only.documents()[0]["nodes"][1]["tenants"][0]["cached_blocks"], 5);
-        assert_eq!(only.documents()[0]["nodes"][0]["tenants"][1], Value::Null);
+        golden::check("tenant-set-quota", &quota_view("acme", quota(Some(3 << 29), 2)));
+        let all = quota_text("", quota(Some(0), 0));
+        assert_eq!(
+            all,
+            "(none) may have all of each pool, with the weight of the settings"
+        );
+        let weight = quota_text("", quota(None, 5));
+        assert_eq!(
+            weight,
+            "(none) may have what the settings say of each pool, with weight 5"
+        );
     }
 
     #[test]

@@ -20,8 +20,8 @@ struct CodeLabel {
     code: &'static str,
 }
 
-/// The metrics of one node.
-#[derive(Debug)]
+/// The metrics of one node. Clones count into the same numbers.
+#[derive(Debug, Clone)]
 pub(crate) struct Metrics {
     pub(crate) running: Gauge,
     pub(crate) waiting: Gauge,

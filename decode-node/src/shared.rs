@@ -72,7 +72,7 @@ impl Shared {
         let stopping = CancellationToken::new();
         Self {
             node_id: identity.id,
-            metrics: Metrics::register(&metrics),
+            metrics: metrics.once(Metrics::register),
             context_tokens: model.config().context_tokens_max.min(pool_tokens),
             requests: Arc::new(Semaphore::new(config.requests_max)),
             ending: AtomicBool::new(false),

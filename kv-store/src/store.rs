@@ -9,10 +9,11 @@
 //!
 //! Elsewhere: decisions (`table.rs`), one sequence's blocks (`sequence.rs`), peers (`service.rs`, `fetch.rs`).
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use tokio::sync::{Semaphore, watch};
@@ -20,7 +21,7 @@ use transfer::{RegionId, RemoteRegion, TransferError, Transport};
 use types::layout::LayoutError;
 use types::{
     BlockDescriptor, BlockHash, BlockId, Checksum, Epoch, ErrorCode, Generation, KvLayout, KvSpace, Memory,
-    MemoryKind, Token,
+    MemoryKind, TenantQuota, Token,
 };
 
 use crate::Config;
@@ -146,6 +147,8 @@ pub(crate) struct Inner {
     /// Below both, once it is mounted.
     pub(crate) objects: OnceLock<Objects>,
     roots: Mutex<Roots>,
+    /// What operators have set for tenants.
+    quotas: Mutex<BTreeMap<String, TenantQuota>>,
     /// Number of the newest log entry.
     changed: watch::Sender<u64>,
     pub(crate) flights: Arc<Flights>,
@@ -196,7 +199,7 @@ impl Store {
             first_lease: epoch.0,
             eviction: config.eviction,
         });
-        table.limit_tenants(tenants::limits(&config, &space));
+        table.limit_tenants(tenants::limits(&config, &BTreeMap::new(), &space));
         let metrics = Metrics::register(metrics);
         metrics.set_counts(table.counts());
         Ok(Self {
@@ -212,6 +215,7 @@ impl Store {
                 disk: OnceLock::new(),
                 objects: OnceLock::new(),
                 roots: Mutex::new(Roots::new(space.clone())),
+                quotas: Mutex::default(),
                 changed: watch::Sender::new(0),
                 flights: Arc::default(),
                 fetch_permits: Semaphore::new(config.fetches_max.max(1)),
@@ -460,6 +464,12 @@ impl Store {
     pub(crate) fn count_match(&self, asked: usize, held: usize) {
         self.inner.metrics.hit_blocks.inc_by(held as u64);
         self.inner.metrics.missed_blocks.inc_by((asked - held) as u64);
+    }
+
+    fn quotas(&self) -> MutexGuard<'_, BTreeMap<String, TenantQuota>> {
+        let quotas = self.inner.quotas.lock();
+        // They are replaced whole, so a panic leaves nothing half done.
+        quotas.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// For looking only; changes go through [`Store::with_table`].

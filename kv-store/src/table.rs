@@ -229,7 +229,7 @@ impl BlockTable {
             free: ids.rev().collect(),
             by_hash: HashMap::default(),
             policy: eviction.policy(capacity),
-            tenants: Tenants::new(TenantLimits::default()),
+            tenants: Tenants::new(),
             owned: 0,
             pinned: 0,
             reclaimable: 0,
@@ -414,6 +414,10 @@ impl BlockTable {
             return Some((tenant, depth));
         }
         if self.evict_own(tenant, now) {
+            if self.tenants.is_full(tenant) {
+                // Its quota became smaller: two go for each that comes.
+                self.evict_own(tenant, now);
+            }
             // The account was closed if that was its last block.
             let tenant = if parent.is_none() {
                 self.tenants.of_root(root)

@@ -78,7 +78,7 @@ impl Service {
         let layout = store.layout();
         let threads = config.threads.unwrap_or_else(all_cores);
         let mut engine = Engine::new(model.clone(), store.memory(), layout, threads)?;
-        let metrics = Metrics::register(&metrics);
+        let metrics = metrics.once(Metrics::register);
         let schedule = Arc::new(Mutex::new(Schedule::new(Limits {
             requests_max: config.queue_requests_max,
             tokens_max: config.queue_tokens_max,

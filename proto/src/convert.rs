@@ -1,8 +1,10 @@
 //! Wire to domain and back. Everything from the wire is checked here, once, by its receiver.
 
+use std::num::NonZeroU32;
+
 use types::{
     BlockEvent, BlockHash, DrainProgress, Error, ErrorCode, HostFacts, LoadReport, NodeRecord, Priority,
-    RequestId, SamplingParams, Tier, Token, TokenLogprob,
+    RequestId, SamplingParams, TenantQuota, Tier, Token, TokenLogprob,
 };
 
 use crate::v1;
@@ -356,6 +358,44 @@ pub fn record(json: &str) -> Result<NodeRecord, Error> {
         })?;
     }
     Ok(record)
+}
+
+/// A quota as messages carry it.
+pub fn quota_to_wire(quota: &TenantQuota) -> v1::TenantQuota {
+    v1::TenantQuota {
+        bytes_max: quota.bytes_max,
+        weight: quota.weight.map(NonZeroU32::get),
+    }
+}
+
+/// Reads a quota. One that is not there is empty.
+pub fn quota(wire: Option<&v1::TenantQuota>) -> Result<TenantQuota, Error> {
+    let Some(v1::TenantQuota { bytes_max, weight }) = wire else {
+        return Ok(TenantQuota::default());
+    };
+    let weight = weight.map(|weight| {
+        NonZeroU32::new(weight).ok_or_else(|| Error::invalid("weight", "weight is 0, but must be at least 1"))
+    });
+    Ok(TenantQuota {
+        bytes_max: *bytes_max,
+        weight: weight.transpose()?,
+    })
+}
+
+/// The registry's form of a quota: JSON, as for records.
+pub fn quota_to_json(quota: &TenantQuota) -> String {
+    serde_json::to_string(quota).expect("a quota has string keys only")
+}
+
+/// Reads the registry's form of a quota.
+pub fn quota_from_json(json: &str) -> Result<TenantQuota, Error> {
+    let read = serde_json::from_str(json);
+    read.map_err(|error| {
+        Error::new(
+            ErrorCode::Invalid,
+            format!("tenant quota cannot be read: {error}"),
+        )
+    })
 }
 
 #[cfg(test)]

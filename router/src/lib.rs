@@ -40,6 +40,7 @@ pub mod model;
 mod openai;
 pub mod placement;
 pub mod policy;
+mod quotas;
 mod recorder;
 pub mod request;
 mod requests;
@@ -106,6 +107,7 @@ pub struct Dependencies {
 pub struct Service {
     dispatcher: Dispatcher,
     members: members::Service,
+    registry: Arc<dyn Registry>,
     node_metrics: node::Metrics,
     metrics: Metrics,
     readiness: Readiness,
@@ -152,7 +154,7 @@ impl Service {
             config.placement(),
         ));
         let metrics = Metrics::register(&node_metrics);
-        let members = members::Service::new(registry, cluster.clone(), channels.clone());
+        let members = members::Service::new(registry.clone(), cluster.clone(), channels.clone());
         readiness.miss(DECODE_NODE, "no decode node takes requests yet");
         let client_certificates = config.client_certificates;
         let (exporter, traces) = match traces::start(&traces_config, node_id.clone(), metrics.clone())? {
@@ -163,6 +165,7 @@ impl Service {
         Ok(Self {
             dispatcher: Dispatcher::new(config, model, cluster, channels, metrics.clone(), watchers),
             members,
+            registry,
             node_metrics,
             metrics,
             readiness,
@@ -197,6 +200,7 @@ impl Service {
         let Self {
             dispatcher,
             members,
+            registry,
             node_metrics,
             metrics,
             readiness,
@@ -211,6 +215,7 @@ impl Service {
             .add_service(grpc::Service::server(dispatcher.clone()))
             .add_service(routing::Service::server(dispatcher.clone(), shutdown.clone()))
             .add_service(requests::service::Service::server(dispatcher.requests().clone()))
+            .add_service(quotas::Service::server(registry))
             .add_service(reflection().build_v1()?)
             .add_service(reflection().build_v1alpha()?);
         let http = openai::routes(dispatcher.clone());

@@ -12,7 +12,7 @@ use flate2::read::GzDecoder;
 use nix::sys::signal::Signal;
 use rstest::rstest;
 use serde_json::Value;
-use tests::{Cluster, Process, perigee, tiny};
+use tests::{Cluster, Process, perigee, tiny, wait_for};
 
 const TENANT: &str = "acme-of-the-test";
 const PROMPT: &str = "It was the best of times, it was the worst of times, it was the age of wisdom";
@@ -134,6 +134,56 @@ fn a_context_reaches_a_cluster_that_asks_for_keys_and_every_form_says_the_same()
     assert_eq!(code, 66, "{complained}");
 
     watched(&client, router, &key);
+}
+
+#[test]
+fn a_quota_that_is_set_holds_on_every_node_and_takes_what_is_beyond() {
+    let folder = tempfile::tempdir().expect("folder");
+    let (_cluster, client, _) = cluster(&tiny(folder.path()));
+    let prompt = "many words ".repeat(60);
+    client.print(&["generate", &prompt, "--tenant", TENANT, "--max-tokens", "3"]);
+    // What each node says: its bound, and what is cached there.
+    let said = || {
+        let usage = client.json(&["tenant", "usage", TENANT]);
+        let nodes = usage["nodes"].as_array().expect("nodes").clone();
+        let of = |node: &Value| {
+            let tenant = &node["tenants"][0];
+            (
+                tenant["bytes_max"].as_u64(),
+                tenant["cached_bytes"].as_u64().unwrap_or(0),
+            )
+        };
+        nodes.iter().map(of).collect::<Vec<_>>()
+    };
+    let before = said();
+    assert_eq!(before.len(), 2);
+    assert!(before.iter().all(|(max, _)| max.is_none()), "{before:?}");
+    let most = before.iter().map(|(_, cached)| *cached).max().expect("two");
+    assert!(most > 64 << 10, "{before:?}");
+
+    let set = client.json(&[
+        "tenant",
+        "set-quota",
+        TENANT,
+        "--bytes-max",
+        "64KiB",
+        "--weight",
+        "3",
+    ]);
+    assert_eq!((&set["bytes_max"], &set["weight"]), (&65536.into(), &3.into()));
+    wait_for("every node to do as it is told", || {
+        let bounded =
+            |(max, cached): &(Option<u64>, u64)| max.is_some_and(|max| max <= 64 << 10 && *cached <= max);
+        said().iter().all(bounded).then_some(())
+    });
+    let set = client.json(&["tenant", "set-quota", TENANT, "--weight", "2"]);
+    assert_eq!(set["bytes_max"], 65536, "what is not named stays");
+    client.print(&["tenant", "set-quota", TENANT, "--reset"]);
+    wait_for("the settings to hold again", || {
+        said().iter().all(|(max, _)| max.is_none()).then_some(())
+    });
+    let (code, _, complained) = client.run(&["tenant", "set-quota", TENANT]);
+    assert_eq!(code, 64, "there is nothing to do: {complained}");
 }
 
 /// Ends at Ctrl-C without a failure, after a document per tick.

@@ -664,11 +664,22 @@ fn nodes_drain_before_they_end_and_routers_leave_their_service() {
         )
     };
     let (hook, grace) = ends("StatefulSet", "r-perigee-decode");
-    assert_eq!(
-        hook["exec"]["command"],
-        json!(["perigee", "node", "drain", "--self", "--wait"])
-    );
+    let seconds = format!("{}s", grace - 30);
+    let drain = [
+        "perigee",
+        "node",
+        "drain",
+        "--self",
+        "--wait",
+        "--timeout",
+        &seconds,
+    ];
+    assert_eq!(hook["exec"]["command"], json!(drain));
     assert!(grace > 60);
+    let short = render("default", &["decode.terminationGracePeriodSeconds=10"]);
+    let hook = "/spec/template/spec/containers/0/lifecycle/preStop/exec/command/6";
+    let seconds = find(&short, "StatefulSet", "r-perigee-decode").pointer(hook);
+    assert_eq!(seconds, Some(&json!("1s")));
     let (hook, grace) = ends("Deployment", "r-perigee-router");
     let deadline = configs(&objects)["r-perigee-router"]["node"]["drain_deadline"].clone();
     let deadline: u64 = deadline

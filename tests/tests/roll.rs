@@ -179,12 +179,16 @@ async fn flip(cluster: &Cluster, id: &str, to: Role) {
         (&said["role"], &said["epoch"]),
         (&to.as_str().into(), &was["epoch"])
     );
+    is_known_as(cluster, id, to).await;
+}
+
+async fn is_known_as(cluster: &Cluster, id: &str, role: Role) {
     let mut client = cluster.client().await;
     wait_for_status(&mut client, |status| {
-        let known = records(&status).any(|record| record.id.as_str() == id && record.role == to);
+        let known = records(&status).any(|record| record.id.as_str() == id && record.role == role);
         known
             .then_some(())
-            .ok_or_else(|| format!("the router does not know {id} as a {to} node"))
+            .ok_or_else(|| format!("the router does not know {id} as a {role} node"))
     })
     .await;
 }
@@ -204,6 +208,86 @@ async fn nodes_change_their_role_under_load_within_seconds_and_no_request_notice
             flip(&cluster, id, role).await;
             load.uses(id).await;
         }
+    };
+    load.during(CLIENTS, work).await;
+}
+
+/// Runs `perigee model`, and waits until the router takes the node for what it is then.
+async fn model_of(cluster: &Cluster, arguments: &[&str], role: Role) -> Value {
+    let router = cluster.ready.grpc.trim_start_matches("http://");
+    let mut command = Command::new(perigee());
+    command
+        .args(["model", "-o", "json", "--router", router])
+        .args(arguments);
+    let output = command.output().expect("start");
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    is_known_as(cluster, arguments[1], role).await;
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn models_are_unloaded_and_loaded_under_load_and_the_blocks_stay() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = tiny(folder.path());
+    let (cluster, load) = started(&model);
+    let work = async {
+        for (id, role) in [("prefill-1", Role::Prefill), ("decode-1", Role::Decode)] {
+            load.uses(id).await;
+            let was = node(&cluster, &["show", id])["record"].clone();
+            let unloaded = model_of(&cluster, &["unload", id, "--grace", "1s"], Role::Store).await;
+            assert_eq!(unloaded["was"], role.as_str());
+            let said = node(&cluster, &["show", id]);
+            let held = said["record"]["capacity_blocks"].as_u64().expect("a number")
+                - said["load"]["free_blocks"].as_u64().expect("a number");
+            assert!(held > 0, "its blocks are gone: {said}");
+            let part = load.seen().of(id);
+            load.goes_on(20).await;
+            assert_eq!(load.seen().of(id), part, "a store takes no requests");
+            // Twice is as good as once.
+            model_of(&cluster, &["unload", id], Role::Store).await;
+            let loaded = model_of(&cluster, &["load", id, "--as", role.as_str()], role).await;
+            assert_eq!(loaded["was"], "store");
+            load.uses(id).await;
+            assert_eq!(node(&cluster, &["show", id])["record"]["epoch"], was["epoch"]);
+        }
+    };
+    load.during(CLIENTS, work).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_loads_a_model_that_is_there_and_refuses_another_one() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = tiny(folder.path());
+    let cluster = Cluster::start(
+        &model,
+        &[
+            "--prefill",
+            "0",
+            "--decode",
+            "1",
+            "--store",
+            "1",
+            "--threads",
+            "1",
+        ],
+    );
+    let load = Load::new(&model, &[&cluster.ready.grpc], cases());
+    let kept = std::fs::read(&model).expect("the model");
+    let mut other = kept.clone();
+    *other.last_mut().expect("not empty") ^= 1;
+    std::fs::write(&model, other).expect("written");
+    let router = cluster.ready.grpc.trim_start_matches("http://");
+    let refused = Command::new(perigee())
+        .args(["model", "load", "store-0", "--as", "decode", "--router", router])
+        .output()
+        .expect("start");
+    let complained = String::from_utf8_lossy(&refused.stderr);
+    assert!(complained.contains("not the model any more"), "{complained}");
+    assert_eq!(node(&cluster, &["show", "store-0"])["record"]["role"], "store");
+    std::fs::write(&model, kept).expect("written");
+    let work = async {
+        model_of(&cluster, &["load", "store-0", "--as", "decode"], Role::Decode).await;
+        load.uses("store-0").await;
     };
     load.during(CLIENTS, work).await;
 }

@@ -1,4 +1,5 @@
-//! `perigee node flip`: makes a prefill node a decode node, or the other way round.
+//! `perigee node flip`: makes a prefill node a decode node, or the other way round. `perigee model load` and `unload` are the way from
+//! a store to one of them, and back.
 
 use std::time::Duration;
 
@@ -8,36 +9,146 @@ use types::{Error, NodeId, Role};
 
 use super::drain::check_not_last;
 use super::{connect, find, members};
-use crate::arguments::{EngineRole, FlipArgs};
+use crate::arguments::{EngineRole, FlipArgs, LoadArgs, UnloadArgs};
 use crate::output::{Format, View};
 use crate::reach::Router;
 
-/// What a node takes at most beside its requests' grace: starting an engine, moving requests, registering again.
+/// What a node takes at most beside its requests' grace, if its model is loaded: starting an engine, moving requests, registering
+/// again.
 const FLIP_DEADLINE: Duration = Duration::from_secs(60);
+
+/// A node's role as it was and as it is.
+struct Change {
+    id: NodeId,
+    was: Role,
+    role: Role,
+    took: Duration,
+}
 
 /// Flips, and prints what the node was and is.
 pub(super) async fn run(flags: &FlipArgs, router: &Router, format: Format) -> anyhow::Result<()> {
-    let members = members(router).await?;
-    let found = find(&members, &flags.node)?;
-    let id = &found.record.id;
-    let to = target(found.record.role, flags.to)?;
-    if !flags.force && to != Role::Decode {
-        check_not_last(found, &members)?;
-    }
-    let node = connect(router, &found.record)?.with_deadline(FLIP_DEADLINE);
-    let began = Instant::now();
-    let was = node.flip(to, flags.grace.into()).await?;
-    format.print(&view(id, was, to, began.elapsed()))
+    let change = change(
+        &flags.node,
+        router,
+        FLIP_DEADLINE,
+        flags.grace.into(),
+        flags.force,
+        |role| target(role, flags.to),
+    );
+    format.print(&change.await?.flipped())
 }
 
-fn view(id: &NodeId, was: Role, to: Role, took: Duration) -> View {
-    let took_ms = took.as_millis();
-    let line = match was == to {
-        true => format!("{id} is a {to} node already"),
-        false => format!("{id} was a {was} node and is a {to} node, after {took_ms} ms"),
+/// `perigee model load`.
+pub(crate) async fn load(flags: &LoadArgs, router: &Router, format: Format) -> anyhow::Result<()> {
+    let to = flags.role.role();
+    let of_store = |role| match role {
+        Role::Store => Ok(to),
+        role if role == to => Ok(to),
+        role => Err(Error::invalid(
+            "node",
+            format!("a {role} has its model loaded: perigee node flip changes what it does"),
+        )),
     };
-    let document = json!({ "node": id, "was": was.as_str(), "role": to.as_str(), "took_ms": took_ms });
-    View::line(document, line).named([id])
+    // Nothing runs on a store that would need a grace.
+    let change = change(
+        &flags.node,
+        router,
+        flags.timeout.into(),
+        Duration::ZERO,
+        true,
+        of_store,
+    );
+    format.print(&change.await?.loaded())
+}
+
+/// `perigee model unload`.
+pub(crate) async fn unload(flags: &UnloadArgs, router: &Router, format: Format) -> anyhow::Result<()> {
+    let change = change(
+        &flags.node,
+        router,
+        FLIP_DEADLINE,
+        flags.grace.into(),
+        flags.force,
+        |_| Ok(Role::Store),
+    );
+    format.print(&change.await?.unloaded())
+}
+
+/// Has a node take the role that `target` names, given the one that it has.
+async fn change(
+    node: &str,
+    router: &Router,
+    deadline: Duration,
+    grace: Duration,
+    force: bool,
+    target: impl Fn(Role) -> Result<Role, Error>,
+) -> anyhow::Result<Change> {
+    let members = members(router).await?;
+    let found = find(&members, node)?;
+    let id = found.record.id.clone();
+    if found.record.role == Role::Router {
+        let message = format!("{id} is a router, which has neither blocks nor an engine");
+        return Err(Error::invalid("node", message).into());
+    }
+    let to = target(found.record.role)?;
+    if !force && to != Role::Decode {
+        check_not_last(found, &members)?;
+    }
+    let began = Instant::now();
+    let node = connect(router, &found.record)?.with_deadline(deadline + grace);
+    let was = node.flip(to, grace).await?;
+    Ok(Change {
+        id,
+        was,
+        role: to,
+        took: began.elapsed(),
+    })
+}
+
+impl Change {
+    fn flipped(&self) -> View {
+        let Self { id, was, role, took } = self;
+        self.view(match was == role {
+            true => format!("{id} is a {role} node already"),
+            false => format!(
+                "{id} was a {was} node and is a {role} node, after {} ms",
+                took.as_millis()
+            ),
+        })
+    }
+
+    fn loaded(&self) -> View {
+        let Self { id, was, role, took } = self;
+        self.view(match was == role {
+            true => format!("{id} is a {role} node already"),
+            false => format!(
+                "{id} has loaded its model and is a {role} node, after {} ms",
+                took.as_millis()
+            ),
+        })
+    }
+
+    fn unloaded(&self) -> View {
+        let Self { id, was, role, took } = self;
+        self.view(match was == role {
+            true => format!("{id} has no model loaded already"),
+            false => format!(
+                "{id} was a {was} node and holds blocks alone, its model's memory free, after {} ms",
+                took.as_millis()
+            ),
+        })
+    }
+
+    fn view(&self, line: String) -> View {
+        let Self { id, was, role, took } = self;
+        let document = json!({
+            "node": id,
+            "was": was.as_str(),
+            "role": role.as_str(),
+            "took_ms": took.as_millis(),
+        });
+        View::line(document, line).named([id])
+    }
 }
 
 /// What a node of this role is to be.
@@ -45,10 +156,11 @@ fn target(role: Role, to: Option<EngineRole>) -> Result<Role, Error> {
     match (role, to) {
         (Role::Prefill | Role::Decode, Some(EngineRole::Prefill)) | (Role::Decode, None) => Ok(Role::Prefill),
         (Role::Prefill | Role::Decode, Some(EngineRole::Decode)) | (Role::Prefill, None) => Ok(Role::Decode),
-        (Role::Router | Role::Store, _) => Err(Error::invalid(
+        (Role::Store, _) => Err(Error::invalid(
             "node",
-            format!("a {role} has no engine, so that it cannot take another role"),
+            "a store has no model loaded: perigee model load does that",
         )),
+        (Role::Router, _) => Err(Error::invalid("node", "a router has no engine")),
     }
 }
 
@@ -59,9 +171,17 @@ mod tests {
 
     #[test]
     fn a_change_of_role_is_told() {
-        let took = Duration::from_millis(1234);
-        let flipped = view(&NodeId::new("prefill-0"), Role::Prefill, Role::Decode, took);
-        golden::check("node-flip", &flipped);
+        let change = |was, role| Change {
+            id: NodeId::new("prefill-0"),
+            was,
+            role,
+            took: Duration::from_millis(1234),
+        };
+        golden::check("node-flip", &change(Role::Prefill, Role::Decode).flipped());
+        golden::check("model-load", &change(Role::Store, Role::Decode).loaded());
+        golden::check("model-unload", &change(Role::Prefill, Role::Store).unloaded());
+        let nothing = change(Role::Store, Role::Store).unloaded();
+        assert_eq!(nothing.documents()[0]["was"], "store");
     }
 
     #[test]

@@ -1,8 +1,10 @@
-//! Changing a node's role (`perigee node flip`): prefill to decode, or back, without a restart and with the blocks that it has.
+//! Changing a node's role without a restart and with the blocks that it has: prefill to decode or back (`perigee node flip`), to a
+//! store without a model (`perigee model unload`), and from there to one with an engine (`perigee model load`).
 //!
-//! The service of the new role starts before anything else happens, so that a failure costs nothing. Then the node takes nothing new,
-//! lets its requests end or, after their grace, has them go on elsewhere, and comes back to the registry in the other role. Its
-//! memory and its epoch stay what they are: no block changes, so that none has to be named anew.
+//! The service of the new role starts before anything else happens, its model loaded if need be, so that a failure costs nothing.
+//! Then the node takes nothing new, lets its requests end or, after their grace, has them go on elsewhere, and comes back to the
+//! registry in the other role. Its pool and its epoch stay what they are: no block changes, so that none has to be named anew. What
+//! a store does not need of a model is given back last.
 //!
 //! Invariant: however a flip ends, the node takes requests afterwards, in the one role or the other.
 
@@ -60,6 +62,9 @@ impl Flip {
             tracing::info!(%from, %to, "changes its role");
             self.engines.set_role(to);
             self.membership.change(to, &self.shutdown).await;
+            if to == Role::Store {
+                self.engines.unload().await;
+            }
         }
         self.drain.end_flip();
         idle.map(|()| from)

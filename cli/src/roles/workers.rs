@@ -3,63 +3,51 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use engine::Model;
 use engine::file::ModelFile;
 use kv_store::store_node::{self, StoreNode};
 use node::{Drainable, Listeners, LoadSource, NodeService, task};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use types::{Error, KvSpace, NodeRecord};
+use types::{Error, KvSpace, NodeRecord, Role};
 
 use super::Process;
 use super::drain::{Drain, RouterDrain, Work};
-use super::engines::Engines;
+use super::engines::{Engines, ModelSource};
 use super::flip::Flip;
 use super::membership::Membership;
 
-pub(super) async fn store(process: Process, listeners: Listeners) -> anyhow::Result<()> {
-    let path = process.model.clone();
-    let (precision, block_tokens) = (
-        process.settings.model.precision.into(),
-        process.settings.kv.block_tokens,
-    );
-    let space = task::blocking("model-digest", move || {
-        Ok::<_, Error>(engine::model::kv_space(
-            &ModelFile::open(&path)?,
-            precision,
-            block_tokens,
-        ))
-    })
-    .await??;
-    let pool = open_pool(&process, space).await?;
-    let record = record(&process, &pool, 0);
-    let (registry, _following) = process.registry().await?;
-    let exchange = pool.exchange(registry.watch(), process.grpc_endpoint());
-    // Without an engine nothing runs that could be finished: peers that read are served until the process ends.
-    let work = Work {
-        load: Arc::new(pool.clone()),
-        requests: Box::new(|| 0),
+/// A node with a pool: it prefills, decodes, or holds blocks alone, and may be told to change.
+pub(super) async fn pool(process: Process, listeners: Listeners) -> anyhow::Result<()> {
+    let source = ModelSource {
+        path: process.model.clone(),
+        precision: process.settings.model.precision.into(),
     };
-    let drain = Drain::new(work, exchange, pool.store().clone(), process.shutdown.token());
-    let admin = admin(&process, record.clone(), drain.clone());
-    let (exchanging, handed_over) = exchanging(&process, drain);
-    let serving = process.serve(pool.grpc().add_service(admin.server()), listeners, handed_over);
-    let work = async move { tokio::join!(serving, pool.run(), exchanging).0 };
-    process.run(Membership::new(registry, record), work).await
-}
-
-/// A prefill node or a decode node.
-pub(super) async fn engine(process: Process, listeners: Listeners) -> anyhow::Result<()> {
-    let model = load_model(&process).await?;
-    let pool = open_pool(&process, model.kv_space(process.settings.kv.block_tokens)).await?;
-    let record = record(&process, &pool, model.config().context_tokens_max);
-    let engines = Engines::new(&process, model, pool.store().clone());
-    engines.start(process.identity.role).await?;
+    let block_tokens = process.settings.kv.block_tokens;
+    let role = process.identity.role;
+    let (model, space, context_tokens_max) = match role {
+        Role::Store => {
+            let (space, context_tokens_max) = facts(&source, block_tokens).await?;
+            (None, space, context_tokens_max)
+        }
+        Role::Router | Role::Prefill | Role::Decode => {
+            let model = source.load().await?;
+            let space = model.kv_space(block_tokens);
+            let context_tokens_max = model.config().context_tokens_max;
+            (Some(model), space, context_tokens_max)
+        }
+    };
+    let pool = open_pool(&process, space).await?;
+    let record = record(&process, &pool, context_tokens_max);
+    let engines = Engines::new(&process, source, model, pool.clone());
+    engines.start(role).await?;
     let (registry, _following) = process.registry().await?;
     let exchange = pool.exchange(registry.watch(), process.grpc_endpoint());
+    let (store, members, end) = (pool.store().clone(), registry.watch(), process.shutdown.token());
+    let quotas = async move { store.follow_quotas(members, end).await };
     let running = engines.clone();
     let work = Work {
         load: Arc::new(engines.clone()),
+        // Peers that read are served until the process ends.
         requests: Box::new(move || running.requests()),
     };
     let drain = Drain::new(work, exchange, pool.store().clone(), process.shutdown.token());
@@ -78,7 +66,7 @@ pub(super) async fn engine(process: Process, listeners: Listeners) -> anyhow::Re
         .add_service(admin.server());
     let (exchanging, handed_over) = exchanging(&process, drain);
     let serving = process.serve(routes, listeners, handed_over);
-    let work = async move { tokio::join!(serving, engines.ended(), pool.run(), exchanging).0 };
+    let work = async move { tokio::join!(serving, engines.ended(), pool.run(), quotas, exchanging).0 };
     process.run(membership, work).await
 }
 
@@ -154,18 +142,15 @@ fn admin(process: &Process, record: NodeRecord, drain: impl Drainable + LoadSour
         .with_log_levels(process.log_levels.clone())
 }
 
-async fn load_model(process: &Process) -> Result<Arc<Model>, Error> {
-    let path = process.model.clone();
-    let precision = process.settings.model.precision.into();
-    let started = std::time::Instant::now();
-    let model = task::blocking("model-load", move || Model::load(&path, precision)).await??;
-    tracing::info!(
-        model = %process.model.display(),
-        weight_bytes = model.weight_bytes(),
-        seconds = started.elapsed().as_secs_f32(),
-        "model loaded"
-    );
-    Ok(model)
+/// What a node must know of a model that it has not loaded: the space of its blocks, and its context in tokens.
+async fn facts(source: &ModelSource, block_tokens: usize) -> Result<(KvSpace, usize), Error> {
+    let ModelSource { path, precision } = source.clone();
+    task::blocking("model-digest", move || {
+        let file = ModelFile::open(&path)?;
+        let space = engine::model::kv_space(&file, precision, block_tokens);
+        Ok::<_, Error>((space, file.config().context_tokens_max))
+    })
+    .await?
 }
 
 async fn open_pool(process: &Process, space: KvSpace) -> anyhow::Result<StoreNode> {

@@ -217,6 +217,11 @@ perigee/pool: {{ .pool }}
 5
 {{- end }}
 
+{{/* How long a node may take to finish its requests before it is told to end: the grace period without what it needs after that. */}}
+{{- define "perigee.drainSeconds" -}}
+{{- max 1 (sub .terminationGracePeriodSeconds 30) -}}
+{{- end }}
+
 {{/* perigee.toml of a pool: its settings, and over them what the chart itself decides. */}}
 {{- define "perigee.config" -}}
 {{- $values := .root.Values }}

@@ -142,8 +142,9 @@ containers:
         # Until nobody sends it anything new. What runs has until node.drain_deadline.
         sleep: {seconds: {{ include "perigee.leaveSeconds" $root }}}
         {{- else }}
+        # The rest of the grace period is for node.drain_timeout, and for giving its blocks to its peers.
         exec:
-          command: [perigee, node, drain, --self, --wait]
+          command: [perigee, node, drain, --self, --wait, --timeout, {{ include "perigee.drainSeconds" $spec }}s]
         {{- end }}
     {{- end }}
     securityContext:

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use types::{BlockHash, BlockId};
 
-use super::tenants::{TenantEvents, TenantId, TenantLimits, TenantUsage, Tenants};
+use super::tenants::{TenantEvents, TenantId, TenantLimits, TenantUsage};
 use super::{BlockTable, SlotState};
 
 /// Blocks of a tenant's shelf, from the one put there first, among which the one that is worth least now is looked for: worth
@@ -40,14 +40,29 @@ pub struct Victim {
 }
 
 impl BlockTable {
-    /// Sets what tenants may have. Without it nobody has a bound, and all weigh the same.
+    /// Sets what tenants may have. Without it nobody has a bound, and all weigh the same. A tenant that has more blocks than its new
+    /// quota gets no more; [`BlockTable::give_excess`] takes what it has beyond.
     ///
     /// # Panics
     ///
-    /// If blocks are held already, or if more than [`super::LIMITED_MAX`] tenants have limits of their own.
+    /// If more than [`super::LIMITED_MAX`] tenants have limits of their own.
     pub fn limit_tenants(&mut self, limits: TenantLimits) {
-        assert!(self.by_hash.is_empty(), "limits are set before the pool is used");
-        self.tenants = Tenants::new(limits);
+        self.tenants.limit(limits);
+    }
+
+    /// Evicts what tenants have beyond quotas that became smaller: at most `count` blocks. Whether that was all that can be evicted
+    /// of it. What is in use stays, and goes as its tenant stores other blocks.
+    pub fn give_excess(&mut self, count: usize, now: Instant) -> bool {
+        for _ in 0..count {
+            let Some(tenant) = self.tenants.excessive() else {
+                return true;
+            };
+            if !self.evict_own(tenant, now) {
+                // What was not found among others' blocks is nearer the next time.
+                return false;
+            }
+        }
+        self.tenants.excessive().is_none()
     }
 
     /// The tenants that hold blocks or have limits of their own.

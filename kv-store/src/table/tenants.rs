@@ -6,7 +6,7 @@
 //!
 //! Invariants:
 //! - what an account counts are the cached blocks below its root (for the others', below all roots without an account);
-//! - no account counts more than its quota;
+//! - no account counts more than its quota, or than it had when the quota became smaller; what it has beyond shrinks only;
 //! - a block on the shelf is evictable, and the policy takes it for not evictable.
 //!
 //! Elsewhere: what is done with all this (`eviction.rs`).
@@ -22,7 +22,7 @@ use crate::digest::DigestBuild;
 /// Tenants without a limit of their own that have an account at a time. Every eviction among several tenants looks at all
 /// accounts, which takes a microsecond for so many.
 pub const ACCOUNTS_MAX: usize = 1024;
-/// Tenants that can have limits of their own: people write them down.
+/// Tenants that settings can give limits of their own: people write them down. As many more can get some while the cluster runs.
 pub const LIMITED_MAX: usize = 1024;
 
 /// What a tenant may have of a pool.
@@ -37,7 +37,7 @@ pub struct TenantLimit {
 /// What tenants may have of a pool.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct TenantLimits {
-    /// By root. At most [`LIMITED_MAX`].
+    /// By root. At most twice [`LIMITED_MAX`].
     pub of_root: Vec<(BlockHash, TenantLimit)>,
     /// Everybody else's.
     pub default: TenantLimit,
@@ -99,6 +99,9 @@ struct Account {
     /// It has a limit of its own, and is kept for that.
     is_limited: bool,
     limit: TenantLimit,
+    /// Most blocks that it may have now: its quota, or what it had when that became smaller and has not given since, with the place
+    /// of one that was given for another.
+    ceiling: usize,
     cached: usize,
     evictable: usize,
 }
@@ -122,13 +125,10 @@ impl Default for TenantLimit {
 }
 
 impl Tenants {
-    /// # Panics
-    ///
-    /// If more than [`LIMITED_MAX`] tenants have limits of their own.
-    pub(super) fn new(limits: TenantLimits) -> Self {
-        let TenantLimits { of_root, default } = limits;
-        assert!(of_root.len() <= LIMITED_MAX, "settings are checked before");
-        let mut tenants = Self {
+    /// Without limits.
+    pub(super) fn new() -> Self {
+        let default = TenantLimit::default();
+        Self {
             accounts: vec![Account::new(None, default, true)],
             by_root: HashMap::default(),
             vacant: Vec::new(),
@@ -136,11 +136,37 @@ impl Tenants {
             active: 0,
             shelf: Shelf::default(),
             events: TenantEvents::default(),
-        };
-        for (root, limit) in of_root {
-            tenants.add(Account::new(Some(root), limit, true));
         }
-        tenants
+    }
+
+    /// Replaces all limits. A tenant that shared the account of the others goes on in it with the chains that it has there.
+    ///
+    /// # Panics
+    ///
+    /// If more than twice [`LIMITED_MAX`] tenants have limits of their own.
+    pub(super) fn limit(&mut self, limits: TenantLimits) {
+        let TenantLimits { of_root, default } = limits;
+        assert!(
+            of_root.len() <= 2 * LIMITED_MAX,
+            "settings and quotas are checked before"
+        );
+        self.default = default;
+        for id in 0..self.accounts.len() {
+            let id = TenantId(id as u16);
+            let account = self.account_mut(id);
+            account.is_limited = id == OTHERS;
+            account.set_limit(default);
+        }
+        for (root, limit) in of_root {
+            let known = self.by_root.get(&root).copied();
+            let id = known.unwrap_or_else(|| self.open(root));
+            let account = self.account_mut(id);
+            account.is_limited = true;
+            account.set_limit(limit);
+        }
+        for id in 0..self.accounts.len() {
+            self.close_if_empty(TenantId(id as u16));
+        }
     }
 
     /// The account of the blocks below a root. One that is opened for it is closed again with its last block, or by
@@ -149,26 +175,29 @@ impl Tenants {
         if let Some(known) = self.by_root.get(&root) {
             return *known;
         }
-        let account = Account::new(Some(root), self.default, false);
-        if let Some(vacant) = self.vacant.pop() {
-            self.accounts[vacant.index()] = account;
-            self.by_root.insert(root, vacant);
-            return vacant;
-        }
         let unlimited = self.accounts.iter().filter(|account| !account.is_limited);
-        if unlimited.count() >= ACCOUNTS_MAX {
+        if self.vacant.is_empty() && unlimited.count() >= ACCOUNTS_MAX {
             return OTHERS;
         }
-        self.add(account)
+        self.open(root)
     }
 
-    fn add(&mut self, account: Account) -> TenantId {
-        let id = u16::try_from(self.accounts.len()).expect("there are at most 1 + 2 * 1024 accounts");
-        if let Some(root) = account.root {
-            self.by_root.insert(root, TenantId(id));
-        }
-        self.accounts.push(account);
-        TenantId(id)
+    /// Gives a root an account.
+    fn open(&mut self, root: BlockHash) -> TenantId {
+        let account = Account::new(Some(root), self.default, false);
+        let id = match self.vacant.pop() {
+            Some(vacant) => {
+                self.accounts[vacant.index()] = account;
+                vacant
+            }
+            None => {
+                let id = u16::try_from(self.accounts.len());
+                self.accounts.push(account);
+                TenantId(id.expect("there are at most 1 + 3 * 1024 accounts"))
+            }
+        };
+        self.by_root.insert(root, id);
+        id
     }
 
     /// Closes an account that has no block.
@@ -177,6 +206,7 @@ impl Tenants {
         if account.cached > 0 || account.is_limited {
             return;
         }
+        // One that is vacant has no root.
         if let Some(root) = self.account_mut(tenant).root.take() {
             self.by_root.remove(&root);
             self.vacant.push(tenant);
@@ -187,6 +217,16 @@ impl Tenants {
     pub(super) fn is_full(&self, tenant: TenantId) -> bool {
         let account = self.account(tenant);
         account.limit.blocks_max.is_some_and(|max| account.cached >= max)
+    }
+
+    /// A tenant that has more than its quota, and could give some of it.
+    pub(super) fn excessive(&self) -> Option<TenantId> {
+        let mut accounts = self.accounts.iter().zip(0..);
+        let excessive = accounts.find(|(one, _)| {
+            let beyond = one.limit.blocks_max.is_some_and(|max| one.cached > max);
+            beyond && one.evictable > 0
+        });
+        excessive.map(|(_, id)| TenantId(id))
     }
 
     /// Whether all that can be evicted is one tenant's, and no policy was overruled: then it decides alone.
@@ -221,6 +261,7 @@ impl Tenants {
     pub(super) fn left(&mut self, tenant: TenantId) {
         let account = self.account_mut(tenant);
         account.cached -= 1;
+        account.ceiling = account.quota().max(account.cached + 1);
         self.active -= usize::from(account.cached == 0);
         self.close_if_empty(tenant);
     }
@@ -299,7 +340,7 @@ impl Tenants {
             let own = || blocks.iter().filter(|one| one.tenant == TenantId(id));
             assert_eq!(account.cached, own().count(), "{account:?}");
             assert_eq!(account.evictable, own().filter(|one| one.evictable).count());
-            assert!(account.limit.blocks_max.is_none_or(|max| account.cached <= max));
+            assert!(account.cached <= account.ceiling, "{account:?}");
             match account.root {
                 Some(root) => {
                     assert_eq!(self.by_root.get(&root), Some(&TenantId(id)));
@@ -341,9 +382,19 @@ impl Account {
             root,
             is_limited,
             limit,
+            ceiling: limit.blocks_max.unwrap_or(usize::MAX),
             cached: 0,
             evictable: 0,
         }
+    }
+
+    fn set_limit(&mut self, limit: TenantLimit) {
+        self.limit = limit;
+        self.ceiling = self.quota().max(self.cached);
+    }
+
+    fn quota(&self) -> usize {
+        self.limit.blocks_max.unwrap_or(usize::MAX)
     }
 }
 

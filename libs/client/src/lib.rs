@@ -15,6 +15,7 @@ mod node;
 mod requests;
 mod routing;
 mod store;
+mod tenants;
 mod transfer;
 
 pub use self::node::{LoadStream, LogChange, LogLevel, Node, NodeInfo};
@@ -28,6 +29,7 @@ pub use inference::{ClusterStatus, GenerateEvent, GenerateStream, Inference, Nod
 pub use requests::{PlacementTimeline, RequestTimeline, Requests, TimelineSpan};
 pub use routing::{Decision, DecisionStream, PlacementCandidate, PlacementSource, Routing};
 pub use store::{Acquired, LogBatch, LogStream, RemoteBlock, RemoteRegion, Reserved, Store, StoreStats};
+pub use tenants::Tenants;
 pub use transfer::{
     Transfer, TransferDescription, TransferDirection, TransferLink, TransferMeasurement, TransferMover,
     TransferTest, TransferTestStream,

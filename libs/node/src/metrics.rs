@@ -3,9 +3,10 @@
 //! Names are `perigee_<role>_…`, end in their unit (`_seconds`, `_bytes`), and are listed in `docs/metrics.md`. Labels take
 //! values from closed sets only: never a request, a tenant or a text.
 
-use std::collections::BTreeSet;
+use std::any::{Any, TypeId};
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use prometheus_client::collector::Collector;
 use prometheus_client::metrics::histogram::Histogram;
@@ -34,6 +35,8 @@ pub struct Metrics {
 struct Shared {
     registry: Registry,
     names: BTreeSet<String>,
+    /// What [`Metrics::once`] has registered.
+    groups: HashMap<TypeId, Box<dyn Any + Send>>,
 }
 
 impl fmt::Debug for Metrics {
@@ -55,13 +58,31 @@ impl Metrics {
     ///
     /// If the name is taken: two metrics of one name would make the whole page unreadable to Prometheus.
     pub fn register<M: Metric + Clone>(&self, name: &str, help: &str, metric: M) -> M {
-        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = self.lock();
         assert!(
             shared.names.insert(name.to_owned()),
             "metric {name} is registered twice"
         );
         shared.registry.register(name, help, metric.clone());
         metric
+    }
+
+    /// The group of metrics that `register` adds, or those of an earlier call: a service that starts again in the same process counts
+    /// on, since a counter that falls is read as a restart.
+    pub fn once<T: Clone + Send + 'static>(&self, register: impl FnOnce(&Self) -> T) -> T {
+        let id = TypeId::of::<T>();
+        let known = |shared: &Shared| {
+            shared
+                .groups
+                .get(&id)
+                .and_then(|group| group.downcast_ref::<T>().cloned())
+        };
+        if let Some(group) = known(&self.lock()) {
+            return group;
+        }
+        let group = register(self);
+        self.lock().groups.insert(id, Box::new(group.clone()));
+        group
     }
 
     /// Adds a histogram with the upper bounds `buckets`, such as [`LATENCY_SECONDS`].
@@ -76,7 +97,7 @@ impl Metrics {
     ///
     /// As [`Metrics::register`].
     pub fn collect(&self, names: &[&str], collector: Box<dyn Collector>) {
-        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = self.lock();
         for name in names {
             assert!(
                 shared.names.insert((*name).to_owned()),
@@ -88,17 +109,21 @@ impl Metrics {
 
     /// The names that were registered, in order.
     pub fn names(&self) -> Vec<String> {
-        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = self.lock();
         shared.names.iter().cloned().collect()
     }
 
     /// All metrics in the OpenMetrics text format.
     pub fn encode(&self) -> String {
-        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = self.lock();
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &shared.registry)
             .expect("writing to a string cannot fail");
         text
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -107,6 +132,21 @@ mod tests {
     use prometheus_client::metrics::counter::Counter;
 
     use super::*;
+
+    #[test]
+    fn a_group_that_is_asked_for_again_counts_on() {
+        #[derive(Clone)]
+        struct Group(Counter<u64>);
+        let metrics = Metrics::new();
+        let group = || {
+            metrics
+                .once(|metrics| Group(metrics.register("perigee_decode_steps", "Steps", Counter::default())))
+        };
+        group().0.inc_by(2);
+        group().0.inc_by(3);
+        assert_eq!(group().0.get(), 5);
+        assert_eq!(metrics.names(), ["perigee_decode_steps"]);
+    }
 
     #[test]
     fn what_is_measured_is_shown() {

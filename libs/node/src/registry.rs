@@ -1,6 +1,6 @@
 //! Who takes part in the cluster: nodes register under a lease and follow each other.
 //!
-//! The registry holds members and nothing else: never a block, never a request. So its loss costs nothing but
+//! The registry holds members, and the quotas of tenants that operators set, and nothing else: never a block, never a request. So its loss costs nothing but
 //! news: everyone goes on with the last membership, keeps trying, and registers again if the lease was lost.
 //! Nothing in here ends a process.
 //!
@@ -31,7 +31,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use types::{Error, ErrorCode, NodeId, NodeRecord};
+use types::{Error, ErrorCode, NodeId, NodeRecord, TenantQuota};
 
 pub use keeper::{Registration, State};
 pub use table::{MemberTable, NODES_MAX};
@@ -45,6 +45,8 @@ pub const LEASE_TTL_MIN: Duration = Duration::from_millis(200);
 pub const LEASE_TTL_MAX: Duration = Duration::from_secs(3600);
 /// No registry call takes longer: it is a key or two.
 pub(crate) const CALL_DEADLINE: Duration = Duration::from_secs(5);
+/// Tenants that can have quotas: people set them. Every watcher is told all of them.
+pub const QUOTAS_MAX: usize = 1024;
 /// First wait before a registry that failed is tried again.
 pub(crate) const RETRY_FIRST: Duration = Duration::from_millis(50);
 /// Longest wait before that. Short, because a lease runs meanwhile.
@@ -86,7 +88,9 @@ pub struct Members {
     pub revision: u64,
     /// Every node that is registered, or was when the registry was last heard of.
     pub nodes: BTreeMap<NodeId, NodeRecord>,
-    /// Whether changes are being followed now. If not, `nodes` is the last that was known.
+    /// What operators have set for tenants, by name; the empty one is for requests without a tenant.
+    pub quotas: BTreeMap<String, TenantQuota>,
+    /// Whether changes are being followed now. If not, all else is the last that was known.
     pub connected: bool,
 }
 
@@ -136,6 +140,13 @@ pub trait Registry: Send + Sync + fmt::Debug {
     /// a newer incarnation of the node lives (`fenced`). Unreachable for longer than [`Config::connect_deadline`].
     fn register(&self, record: NodeRecord) -> BoxFuture<'_, Result<Registration, RegistryError>>;
 
+    /// Replaces a tenant's quota, or removes it if `quota` is empty.
+    ///
+    /// # Errors
+    ///
+    /// Refused: the name cannot be used (`invalid`), or [`QUOTAS_MAX`] others have one (`overloaded`). Unreachable.
+    fn put_quota(&self, tenant: &str, quota: TenantQuota) -> BoxFuture<'_, Result<(), RegistryError>>;
+
     /// Follows the members. The receiver holds the newest state at any time.
     fn watch(&self) -> watch::Receiver<Arc<Members>>;
 }
@@ -170,6 +181,25 @@ pub async fn connect(
     }
 }
 
+/// The table of quotas as one change more leaves it.
+fn set_quota(
+    quotas: &mut BTreeMap<String, TenantQuota>,
+    tenant: &str,
+    quota: TenantQuota,
+) -> Result<(), Error> {
+    TenantQuota::check_name(tenant)?;
+    if quota.is_empty() {
+        quotas.remove(tenant);
+        return Ok(());
+    }
+    if quotas.len() >= QUOTAS_MAX && !quotas.contains_key(tenant) {
+        let message = format!("{QUOTAS_MAX} tenants have quotas already: reset one first");
+        return Err(Error::new(ErrorCode::Overloaded, message));
+    }
+    quotas.insert(tenant.to_owned(), quota);
+    Ok(())
+}
+
 fn check(config: &Config) -> Result<(), RegistryError> {
     let Config {
         cluster,
@@ -197,6 +227,13 @@ trait Backend: Clone + Send + Sync + fmt::Debug + 'static {
 
     /// A connection of its own for one registration.
     fn session(&self) -> Self::Session;
+
+    /// Replaces or removes a tenant's quota, within [`CALL_DEADLINE`].
+    fn put_quota(
+        &self,
+        tenant: &str,
+        quota: TenantQuota,
+    ) -> impl Future<Output = Result<(), RegistryError>> + Send;
 
     /// Tells `apply` what is there, and then every change, until the connection breaks; says why it broke. Answers in
     /// between come within [`CALL_DEADLINE`]. Cancel safe.

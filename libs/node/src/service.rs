@@ -55,13 +55,13 @@ pub trait Flippable: Send + Sync + 'static {
     /// What the node is now.
     fn role(&self) -> Role;
 
-    /// Takes the other role, and gives the one that it had. Requests have `grace` to end; then they are ended so that their clients
+    /// Takes another role, and gives the one that it had. As a store it has no model in memory. Requests have `grace` to end; then they are ended so that their clients
     /// go on elsewhere. Goes on where the caller does not wait any more.
     ///
     /// # Errors
     ///
     /// `invalid` for a role that it cannot have, `conflict` while it drains or flips already, and whatever keeps it from working in
-    /// the other one: then it goes on in its own.
+    /// the new one, such as a model that does not load: then it goes on in its own.
     fn flip(&self, to: Role, grace: Duration) -> BoxFuture<'_, Result<Role, Error>>;
 }
 
@@ -141,7 +141,12 @@ impl NodeService {
     }
 
     async fn flip_to(&self, role: &str, grace: Duration) -> Result<Role, Error> {
-        let unknown = || Error::invalid("role", format!("role is {role:?}, but must be prefill or decode"));
+        let unknown = || {
+            Error::invalid(
+                "role",
+                format!("role is {role:?}, but must be prefill, decode or store"),
+            )
+        };
         let to = Role::parse(role).ok_or_else(unknown)?;
         if grace > FLIP_GRACE_MAX {
             let message = format!(

@@ -9,6 +9,7 @@ use std::panic::AssertUnwindSafe;
 use futures::FutureExt;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 use types::Error;
 
 use crate::shutdown::Shutdown;
@@ -18,6 +19,8 @@ use crate::shutdown::Shutdown;
 pub enum OnEnd {
     /// The process cannot serve without it: shut down and exit with a failure.
     FailProcess(Shutdown),
+    /// The same, unless the task was told to end by this token, and ended well.
+    FailProcessUnless(Shutdown, CancellationToken),
     /// Say so in the log and go on.
     Log,
 }
@@ -41,7 +44,8 @@ pub fn spawn<E: Display + Send + 'static>(
 fn end(name: &'static str, on_end: &OnEnd, failure: Option<String>) {
     match (on_end, failure) {
         (OnEnd::FailProcess(shutdown), None) if shutdown.is_started() => {}
-        (OnEnd::FailProcess(shutdown), failure) => {
+        (OnEnd::FailProcessUnless(_, told), None) if told.is_cancelled() => {}
+        (OnEnd::FailProcess(shutdown) | OnEnd::FailProcessUnless(shutdown, _), failure) => {
             let reason = failure.unwrap_or_else(|| "ended before its time".to_owned());
             shutdown.fail(Error::internal(format!("task {name}: {reason}")));
         }

@@ -5,6 +5,8 @@ mod embedded;
 #[path = "registry/etcd.rs"]
 mod etcd;
 
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +15,7 @@ use node::registry::{Config, Members, Registration, Registry, RegistryError, Sta
 use rstest::rstest;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use types::{Epoch, ErrorCode, KvDtype, KvLayout, KvSpace, NodeId, NodeRecord, Role};
+use types::{Epoch, ErrorCode, KvDtype, KvLayout, KvSpace, NodeId, NodeRecord, Role, TenantQuota};
 
 /// Longer than anything here takes; a test that waits for it has failed.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -167,6 +169,38 @@ async fn members_are_seen_by_all_and_leave_when_they_say_so(#[case] kind: Kind) 
 
     first.unregister().await.expect("answers");
     there.sees(&["decode-1"]).await;
+}
+
+#[rstest]
+#[case(Kind::Etcd)]
+#[case(Kind::Embedded)]
+#[tokio::test]
+async fn what_is_set_for_tenants_is_seen_by_all_and_by_those_who_come_later(#[case] kind: Kind) {
+    let server = Server::start(kind);
+    let (here, there) = (server.client().await, server.client().await);
+    let quota = |bytes_max, weight| TenantQuota {
+        bytes_max,
+        weight: NonZeroU32::new(weight),
+    };
+    let set = async |tenant: &str, quota| here.registry.put_quota(tenant, quota).await;
+    set("acme/sub", quota(Some(1 << 30), 2)).await.expect("is set");
+    set("", quota(Some(0), 0)).await.expect("is set");
+    let both = [
+        (String::new(), quota(Some(0), 0)),
+        ("acme/sub".to_owned(), quota(Some(1 << 30), 2)),
+    ];
+    there
+        .until(|members| members.quotas == BTreeMap::from(both.clone()))
+        .await;
+    set("", TenantQuota::default()).await.expect("is removed");
+    there
+        .until(|members| members.quotas == BTreeMap::from([both[1].clone()]))
+        .await;
+    let late = server.client().await;
+    assert_eq!(late.members.borrow().quotas, BTreeMap::from([both[1].clone()]));
+    assert!(late.members.borrow().nodes.is_empty(), "a quota is no member");
+    let refused = set("a\nb", quota(Some(1), 1)).await.expect_err("must be refused");
+    assert_eq!(refused.code(), ErrorCode::Invalid);
 }
 
 #[rstest]

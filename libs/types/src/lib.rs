@@ -16,6 +16,7 @@ pub mod member;
 pub mod memory;
 pub mod overload;
 pub mod sampling;
+pub mod tenant;
 pub mod trace;
 
 pub use block::{BlockDescriptor, BlockEvent, Checksum, Generation, LogEntry, Tier};
@@ -29,6 +30,7 @@ pub use member::{DrainProgress, LoadReport, NodeRecord, Role};
 pub use memory::{Memory, MemoryKind};
 pub use overload::{Constraint, Overload, Priority};
 pub use sampling::{FinishReason, SamplingParams, TokenLogprob};
+pub use tenant::TenantQuota;
 pub use trace::TraceParent;
 
 /// A token id of the model's vocabulary.

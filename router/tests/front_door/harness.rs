@@ -26,7 +26,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::{Request, Response, Status};
 use types::{
-    BlockEvent, Epoch, Error, KvDtype, KvLayout, KvSpace, LoadReport, NodeId, NodeRecord, Role, TraceParent,
+    BlockEvent, Epoch, Error, KvDtype, KvLayout, KvSpace, LoadReport, NodeId, NodeRecord, Role, TenantQuota,
+    TraceParent,
 };
 
 /// Nothing in these tests takes longer unless it is broken.
@@ -386,6 +387,10 @@ impl Registry for FixedRegistry {
         unreachable!("these tests register nobody")
     }
 
+    fn put_quota(&self, _: &str, _: TenantQuota) -> BoxFuture<'_, Result<(), RegistryError>> {
+        unreachable!("these tests set no quotas")
+    }
+
     fn watch(&self) -> watch::Receiver<Arc<Members>> {
         self.members.subscribe()
     }
@@ -518,6 +523,7 @@ impl Router {
         self.registry.members.send_replace(Arc::new(Members {
             revision: 1,
             nodes,
+            quotas: BTreeMap::new(),
             connected: true,
         }));
     }

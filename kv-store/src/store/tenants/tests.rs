@@ -66,6 +66,66 @@ fn tenants_are_known_by_name_with_their_limits() {
     assert_eq!(told.len(), 5);
 }
 
+#[tokio::test]
+async fn what_operators_set_comes_before_the_settings_part_by_part() {
+    let store = lonely_store(16, config());
+    drop(compute(&store, "large", &tokens(9, 8 * BLOCK_TOKENS)));
+    let quota = |bytes_max: Option<u64>, weight| TenantQuota {
+        bytes_max,
+        weight: NonZeroU32::new(weight),
+    };
+    let quotas = [
+        ("small", quota(None, 7)),
+        ("large", quota(Some(3 * BLOCK_BYTES), 0)),
+        ("new", quota(Some(0), 2)),
+    ];
+    let quotas: BTreeMap<_, _> = quotas.map(|(name, quota)| (name.to_owned(), quota)).into();
+    store.set_quotas(quotas).await;
+    let of = |name: &str| {
+        let tenants = store.tenants();
+        let found = tenants
+            .into_iter()
+            .find(|tenant| tenant.name.as_deref() == Some(name));
+        found.map(|tenant| (tenant.cached_blocks, tenant.blocks_max, tenant.weight))
+    };
+    assert_eq!(of("small"), Some((0, Some(4), 7)));
+    assert_eq!(of("large"), Some((3, Some(3), 3)), "what it had beyond was given");
+    assert_eq!(of("new"), Some((0, None, 2)));
+    store.set_quotas(BTreeMap::new()).await;
+    assert_eq!(of("large"), Some((3, None, 3)));
+    assert_eq!(of("new"), None);
+    store.table().check_integrity();
+}
+
+#[tokio::test]
+async fn what_the_registry_says_of_quotas_is_done_until_the_end() {
+    let store = lonely_store(16, config());
+    let (said, members) = watch::channel(Arc::new(Members::default()));
+    let end = CancellationToken::new();
+    let follows = tokio::spawn({
+        let (store, end) = (store.clone(), end.clone());
+        async move { store.follow_quotas(members, end).await }
+    });
+    let quota = TenantQuota {
+        bytes_max: Some(2 * BLOCK_BYTES),
+        weight: None,
+    };
+    said.send_replace(Arc::new(Members {
+        quotas: BTreeMap::from([("x".to_owned(), quota)]),
+        ..Members::default()
+    }));
+    let limited = || store.tenants().iter().any(|tenant| tenant.blocks_max == Some(2));
+    tokio::time::timeout(std::time::Duration::from_secs(20), async {
+        while !limited() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .expect("it is done");
+    end.cancel();
+    follows.await.expect("it ends");
+}
+
 #[test]
 fn a_prompt_beyond_its_tenants_quota_is_served_and_cached_as_far_as_that_goes() {
     let store = lonely_store(16, config());

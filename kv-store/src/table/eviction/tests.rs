@@ -456,6 +456,89 @@ fn weights_divide_what_is_short() {
     assert!(cached(&table, 1).abs_diff(75) <= 1, "{}", cached(&table, 1));
 }
 
+fn at_most(blocks: usize) -> TenantLimits {
+    let limit = TenantLimit {
+        blocks_max: Some(blocks),
+        ..TenantLimit::default()
+    };
+    TenantLimits {
+        of_root: vec![(root(0), limit)],
+        default: TenantLimit::default(),
+    }
+}
+
+#[test]
+fn a_quota_that_becomes_smaller_takes_what_is_beyond_and_nothing_of_others() {
+    for eviction in Eviction::ALL {
+        let now = Instant::now();
+        let mut table = table(100, eviction, TenantLimits::default());
+        fill(&mut table, 1, 0..40, now);
+        fill(&mut table, 0, 0..40, now);
+        table.limit_tenants(at_most(10));
+        table.check_integrity();
+        assert_eq!(cached(&table, 0), 40, "only what is asked for is evicted");
+        assert!(!table.give_excess(5, now));
+        table.check_integrity();
+        assert_eq!(cached(&table, 0), 35);
+        while !table.give_excess(64, now) {}
+        assert_eq!((cached(&table, 0), cached(&table, 1)), (10, 40), "{eviction:?}");
+        table.limit_tenants(TenantLimits::default());
+        fill(&mut table, 0, 100..120, now);
+        assert_eq!(cached(&table, 0), 30, "it may have more again");
+        table.check_integrity();
+    }
+}
+
+#[test]
+fn what_is_in_use_beyond_a_smaller_quota_goes_as_its_tenant_stores_other_blocks() {
+    let now = Instant::now();
+    let mut table = table(32, Eviction::Lru, TenantLimits::default());
+    fill(&mut table, 0, 0..8, now);
+    let used: Vec<_> = (0..8)
+        .flat_map(|number| table.match_prefix(&[root(0).child(&[number])], now))
+        .collect();
+    assert_eq!(used.len(), 8);
+    table.limit_tenants(at_most(2));
+    assert!(table.give_excess(64, now), "all that could go has gone");
+    assert_eq!(cached(&table, 0), 8);
+    let block = table.allocate(1, now).unwrap()[0];
+    let refused = table.commit(
+        block,
+        Parent::Root(root(0)),
+        root(0).child(&[99]),
+        Checksum(0),
+        now,
+    );
+    assert_eq!(refused, Committed::OverQuota);
+    table.free(block);
+    for used in used {
+        table.unpin(used.block, now);
+    }
+    for (number, left) in (100..108).zip([7, 6, 5, 4, 3, 2, 2, 2]) {
+        fill(&mut table, 0, number..number + 1, now);
+        assert_eq!(cached(&table, 0), left);
+        table.check_integrity();
+    }
+}
+
+#[test]
+fn a_limit_opens_and_closes_a_tenants_account() {
+    let now = Instant::now();
+    let mut table = table(8, Eviction::default(), at_most(3));
+    assert_eq!(
+        table.tenants().len(),
+        1,
+        "a tenant with a limit is known without a block"
+    );
+    table.limit_tenants(TenantLimits::default());
+    assert_eq!(table.tenants(), []);
+    fill(&mut table, 1, 0..2, now);
+    table.limit_tenants(at_most(3));
+    table.check_integrity();
+    fill(&mut table, 0, 0..5, now);
+    assert_eq!((cached(&table, 0), cached(&table, 1)), (3, 2));
+}
+
 #[test]
 fn a_quota_below_one_block_caches_nothing_and_leaves_no_account_behind() {
     let none = TenantLimit {

@@ -1,7 +1,7 @@
 //! The registry that `perigee up` serves to its children in place of etcd, and the client of it.
 //!
-//! It keeps members in memory only. After a restart it is empty, and every node registers again within a third of its
-//! lease; whoever follows keeps the old members for one lease meanwhile.
+//! It keeps all in memory only. After a restart it is empty, and every node registers again within a third of its
+//! lease; whoever follows keeps the old members for one lease meanwhile. Quotas of tenants are gone then.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,7 +15,7 @@ use tokio::sync::{Notify, watch};
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
-use types::{Epoch, LeaseId, NodeRecord};
+use types::{Epoch, Error, LeaseId, NodeRecord, TenantQuota};
 
 use super::table::MemberTable;
 use super::view::Change;
@@ -110,6 +110,11 @@ fn to_wire(table: &MemberTable) -> v1::Members {
             .values()
             .map(proto::convert::record_to_json)
             .collect(),
+        quotas: table
+            .quotas()
+            .iter()
+            .map(|(tenant, quota)| (tenant.clone(), proto::convert::quota_to_wire(quota)))
+            .collect(),
     }
 }
 
@@ -156,6 +161,17 @@ impl Registry for Service {
             true => Ok(Response::new(v1::UnregisterResponse {})),
             false => Err(lease_ended(lease)),
         }
+    }
+
+    async fn put_quota(
+        &self,
+        request: Request<v1::PutQuotaRequest>,
+    ) -> Result<Response<v1::PutQuotaResponse>, Status> {
+        let v1::PutQuotaRequest { tenant, quota } = request.into_inner();
+        let put = proto::convert::quota(quota.as_ref())
+            .and_then(|quota| self.change(|table, _| table.put_quota(&tenant, quota)));
+        put.map_err(|error| proto::status::to_status(&error))?;
+        Ok(Response::new(v1::PutQuotaResponse {}))
     }
 
     type WatchMembersStream = Pin<Box<dyn Stream<Item = Result<v1::Members, Status>> + Send>>;
@@ -222,10 +238,17 @@ impl Embedded {
         while let Some(v1::Members {
             revision,
             records_json,
+            quotas,
         }) = next
         {
-            let records = records_json.iter().filter_map(|json| read_record(json)).collect();
-            apply(Change::All { revision, records });
+            apply(Change::All {
+                revision,
+                records: records_json.iter().filter_map(|json| read_record(json)).collect(),
+                quotas: quotas
+                    .into_iter()
+                    .filter_map(|(tenant, quota)| known_quota(tenant, proto::convert::quota(Some(&quota))))
+                    .collect(),
+            });
             // No deadline: nothing happens until something changes. The channel's keep-alive finds a dead peer.
             next = stream.message().await.map_err(|status| self.failed(&status))?;
         }
@@ -244,6 +267,20 @@ pub(super) fn read_record(json: &str) -> Option<NodeRecord> {
     }
 }
 
+/// A quota that this version cannot read is as good as none.
+pub(super) fn known_quota(
+    tenant: String,
+    quota: Result<TenantQuota, Error>,
+) -> Option<(String, TenantQuota)> {
+    match quota {
+        Ok(quota) => Some((tenant, quota)),
+        Err(error) => {
+            tracing::warn!(%error, "a tenant's quota is ignored");
+            None
+        }
+    }
+}
+
 impl Backend for Embedded {
     type Session = Self;
 
@@ -253,6 +290,17 @@ impl Backend for Embedded {
 
     fn session(&self) -> Self {
         self.clone()
+    }
+
+    async fn put_quota(&self, tenant: &str, quota: TenantQuota) -> Result<(), RegistryError> {
+        let mut client = self.client();
+        let put = client.put_quota(v1::PutQuotaRequest {
+            tenant: tenant.to_owned(),
+            quota: Some(proto::convert::quota_to_wire(&quota)),
+        });
+        let answer = tokio::time::timeout(CALL_DEADLINE, put).await;
+        let answer = answer.map_err(|_| self.unreachable("no answer to a quota"))?;
+        answer.map(drop).map_err(|status| self.failed(&status))
     }
 
     async fn follow(&self, apply: &(dyn Fn(Change) + Sync)) -> RegistryError {

@@ -1,7 +1,7 @@
 //! The registry in etcd.
 //!
-//! A node is one key, `/perigee/<cluster>/nodes/<id>`, with its record as JSON, under the node's lease. There is no other
-//! key: what nodes must agree on is checked against the living members, in one transaction with the registration
+//! A node is one key, `/perigee/<cluster>/nodes/<id>`, with its record as JSON, under the node's lease. A tenant's quota is one,
+//! `/perigee/<cluster>/quotas/<tenant>`, without a lease. There is no other key: what nodes must agree on is checked against the living members, in one transaction with the registration
 //! ([`EtcdSession::register`]).
 //!
 //! After any failure the client is made anew, so that no state of a broken connection is carried on. Over TLS it reads its
@@ -15,9 +15,9 @@ use etcd_client::{
     Certificate, Client, Compare, CompareOp, ConnectOptions, EventType, GetOptions, Identity, KeyValue,
     LeaseKeepAliveStream, LeaseKeeper, PutOptions, TlsOptions, Txn, TxnOp, WatchOptions,
 };
-use types::{Error, NodeId, NodeRecord};
+use types::{Error, NodeId, NodeRecord, TenantQuota};
 
-use super::embedded::read_record;
+use super::embedded::{known_quota, read_record};
 use super::view::Change;
 use super::{Alive, Backend, CALL_DEADLINE, Config, RegistryError, Session, rules};
 use crate::channel::CONNECT_TIMEOUT;
@@ -30,6 +30,8 @@ const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Where etcd listens if nothing else is said.
 const PORT_DEFAULT: u16 = 2379;
+/// The kind of the keys of tenants' quotas.
+const QUOTAS: &str = "quotas";
 /// Nodes that register in one instant disturb each other; each round lets at least one of them through.
 const REGISTER_ROUNDS_MAX: usize = 32;
 
@@ -38,8 +40,10 @@ const REGISTER_ROUNDS_MAX: usize = 32;
 pub(super) struct Etcd {
     address: Arc<str>,
     hosts: Arc<[String]>,
-    /// Ends in a slash.
+    /// Of all keys; ends in a slash.
     prefix: Arc<str>,
+    /// Of the members' keys.
+    nodes: Arc<str>,
     lease_ttl: Duration,
     tls: tls::Config,
 }
@@ -53,7 +57,8 @@ impl Etcd {
         Ok(Self {
             address: format!("etcd://{hosts}").into(),
             hosts: parsed?.into(),
-            prefix: format!("/perigee/{}/nodes/", config.cluster).into(),
+            prefix: format!("/perigee/{}/", config.cluster).into(),
+            nodes: format!("/perigee/{}/nodes/", config.cluster).into(),
             lease_ttl: config.lease_ttl,
             tls,
         })
@@ -107,39 +112,67 @@ impl Etcd {
     }
 
     fn key(&self, id: &NodeId) -> String {
-        format!("{}{id}", self.prefix)
+        format!("{}{id}", self.nodes)
     }
 
     /// All members, and etcd's revision at which they were.
     async fn members(&self, client: &mut Client) -> Result<(i64, Vec<NodeRecord>), RegistryError> {
         let all = GetOptions::new().with_prefix();
-        let response = client.get(self.prefix.as_bytes(), Some(all)).await;
+        let response = client.get(self.nodes.as_bytes(), Some(all)).await;
         let response = response.map_err(|error| self.failed(&error))?;
         let revision = response.header().map_or(0, |header| header.revision());
         let records = response.kvs().iter().filter_map(record_of).collect();
         Ok((revision, records))
     }
 
-    /// Reads all members, then watches from the very next revision: nothing falls between. A watch that broke, for
+    /// All there is, and etcd's revision at which it was.
+    async fn everything(&self, client: &mut Client) -> Result<(i64, Change), RegistryError> {
+        let all = GetOptions::new().with_prefix();
+        let response = client.get(self.prefix.as_bytes(), Some(all)).await;
+        let response = response.map_err(|error| self.failed(&error))?;
+        let revision = response.header().map_or(0, |header| header.revision());
+        let (mut records, mut quotas) = (Vec::new(), BTreeMap::new());
+        for kv in response.kvs() {
+            match self.key_of(kv) {
+                Some(Key::Node(_)) => records.extend(record_of(kv)),
+                Some(Key::Quota(tenant)) => quotas.extend(known_quota(tenant, quota_of(kv))),
+                None => {}
+            }
+        }
+        let change = Change::All {
+            revision: revision.unsigned_abs(),
+            records,
+            quotas,
+        };
+        Ok((revision, change))
+    }
+
+    /// What a key is of; `None` for another version's.
+    fn key_of(&self, kv: &KeyValue) -> Option<Key> {
+        let (kind, name) = kv.key_str().ok()?.strip_prefix(&*self.prefix)?.split_once('/')?;
+        match kind {
+            "nodes" => Some(Key::Node(NodeId::new(name))),
+            QUOTAS => Some(Key::Quota(name.to_owned())),
+            _ => None,
+        }
+    }
+
+    /// Reads all there is, then watches from the very next revision: nothing falls between. A watch that broke, for
     /// whatever reason (compaction of that revision included), starts over here, so nothing has to be resumed.
     async fn follow_stream(&self, apply: &(dyn Fn(Change) + Sync)) -> Result<(), RegistryError> {
         let opened = async {
             let mut client = self.client().await?;
-            let (revision, records) = self.members(&mut client).await?;
+            let (revision, all) = self.everything(&mut client).await?;
             let options = WatchOptions::new()
                 .with_prefix()
                 .with_start_revision(revision + 1);
             let watch = client.watch(self.prefix.as_bytes(), Some(options)).await;
             let watch = watch.map_err(|error| self.failed(&error))?;
-            Ok::<_, RegistryError>((revision, records, watch))
+            Ok::<_, RegistryError>((all, watch))
         };
         let opened = tokio::time::timeout(CALL_DEADLINE, opened).await;
-        let (revision, records, mut watch) =
-            opened.map_err(|_| self.unreachable("no answer to a watch"))??;
-        apply(Change::All {
-            revision: revision.unsigned_abs(),
-            records,
-        });
+        let (all, mut watch) = opened.map_err(|_| self.unreachable("no answer to a watch"))??;
+        apply(all);
         // No deadline: nothing happens until something changes. The connection's keep-alive finds a dead peer.
         while let Some(response) = watch.message().await.map_err(|error| self.failed(&error))? {
             if response.canceled() {
@@ -156,21 +189,40 @@ impl Etcd {
 
     fn change(&self, kind: EventType, kv: &KeyValue) -> Option<Change> {
         let revision = kv.mod_revision().unsigned_abs();
-        let record = match kind {
-            EventType::Put => record_of(kv),
-            EventType::Delete => None,
-        };
-        match record {
-            Some(record) => Some(Change::Joined {
-                revision,
-                record: Box::new(record),
+        let is_put = matches!(kind, EventType::Put);
+        match self.key_of(kv)? {
+            Key::Node(id) => Some(match is_put.then(|| record_of(kv)).flatten() {
+                Some(record) => Change::Joined {
+                    revision,
+                    record: Box::new(record),
+                },
+                None => Change::Left { revision, id },
             }),
-            None => {
-                let id = NodeId::new(kv.key_str().ok()?.strip_prefix(&*self.prefix)?);
-                Some(Change::Left { revision, id })
+            Key::Quota(tenant) => {
+                let quota = if is_put {
+                    quota_of(kv)
+                } else {
+                    Ok(TenantQuota::default())
+                };
+                let (tenant, quota) = known_quota(tenant, quota)?;
+                Some(Change::Quota {
+                    revision,
+                    tenant,
+                    quota,
+                })
             }
         }
     }
+}
+
+/// What a key of ours is of.
+enum Key {
+    Node(NodeId),
+    Quota(String),
+}
+
+fn quota_of(kv: &KeyValue) -> Result<TenantQuota, Error> {
+    proto::convert::quota_from_json(kv.value_str().unwrap_or("a value that is not UTF-8"))
 }
 
 fn record_of(kv: &KeyValue) -> Option<NodeRecord> {
@@ -198,6 +250,23 @@ impl Backend for Etcd {
             etcd: self.clone(),
             connection: None,
         }
+    }
+
+    async fn put_quota(&self, tenant: &str, quota: TenantQuota) -> Result<(), RegistryError> {
+        let put = async {
+            let mut client = self.client().await?;
+            let key = format!("{}{QUOTAS}/{tenant}", self.prefix);
+            let done = match quota.is_empty() {
+                true => client.delete(key, None).await.map(drop),
+                false => client
+                    .put(key, proto::convert::quota_to_json(&quota), None)
+                    .await
+                    .map(drop),
+            };
+            done.map_err(|error| self.failed(&error))
+        };
+        let put = tokio::time::timeout(CALL_DEADLINE, put).await;
+        put.map_err(|_| self.unreachable("no answer to a quota"))?
     }
 
     async fn follow(&self, apply: &(dyn Fn(Change) + Sync)) -> RegistryError {
@@ -253,7 +322,7 @@ impl EtcdSession {
             .collect();
         rules::admit(&members, record).map_err(|refusal| RegistryError::Refused(Error::from(refusal)))?;
         let nobody_joined =
-            Compare::mod_revision(&*self.etcd.prefix, CompareOp::Less, revision + 1).with_prefix();
+            Compare::mod_revision(&*self.etcd.nodes, CompareOp::Less, revision + 1).with_prefix();
         let put = TxnOp::put(
             self.etcd.key(&record.id),
             proto::convert::record_to_json(record),

@@ -7,7 +7,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
-use types::NodeRecord;
+use types::{NodeRecord, TenantQuota};
 
 use super::view::{Change, View};
 use super::{
@@ -58,6 +58,17 @@ struct Member<B> {
 impl<B: Backend> Registry for Member<B> {
     fn register(&self, record: NodeRecord) -> BoxFuture<'_, Result<Registration, RegistryError>> {
         keeper::register(self.backend.session(), record, &self.config).boxed()
+    }
+
+    fn put_quota(&self, tenant: &str, quota: TenantQuota) -> BoxFuture<'_, Result<(), RegistryError>> {
+        // Judged by what is known here: what only etcd could count is not worth a transaction.
+        let mut known = self.members.borrow().quotas.clone();
+        let tenant = tenant.to_owned();
+        async move {
+            super::set_quota(&mut known, &tenant, quota).map_err(RegistryError::Refused)?;
+            self.backend.put_quota(&tenant, quota).await
+        }
+        .boxed()
     }
 
     fn watch(&self) -> watch::Receiver<Arc<Members>> {

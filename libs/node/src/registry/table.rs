@@ -1,11 +1,11 @@
-//! The state of the embedded registry: members under leases. Pure: callers pass `now`.
+//! The state of the embedded registry: members under leases, and tenants' quotas. Pure: callers pass `now`.
 //!
 //! Invariant: every member has exactly one living lease, and every lease exactly one member.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use types::{Error, LeaseId, NodeId, NodeRecord};
+use types::{Error, LeaseId, NodeId, NodeRecord, TenantQuota};
 
 use super::rules::{self, Refusal};
 use super::{LEASE_TTL_MAX, LEASE_TTL_MIN};
@@ -20,6 +20,7 @@ pub struct MemberTable {
     next_lease: u64,
     members: BTreeMap<NodeId, NodeRecord>,
     leases: BTreeMap<LeaseId, Lease>,
+    quotas: BTreeMap<String, TenantQuota>,
 }
 
 #[derive(Debug)]
@@ -38,6 +39,7 @@ impl MemberTable {
             next_lease: first_lease,
             members: BTreeMap::new(),
             leases: BTreeMap::new(),
+            quotas: BTreeMap::new(),
         }
     }
 
@@ -118,12 +120,28 @@ impl MemberTable {
         changed
     }
 
+    /// Replaces a tenant's quota, or removes it if `quota` is empty.
+    ///
+    /// # Errors
+    ///
+    /// `invalid`: the name cannot be used. `overloaded`: [`super::QUOTAS_MAX`] others have one.
+    pub fn put_quota(&mut self, tenant: &str, quota: TenantQuota) -> Result<(), Error> {
+        super::set_quota(&mut self.quotas, tenant, quota)?;
+        self.revision += 1;
+        Ok(())
+    }
+
+    /// The quotas by tenant.
+    pub fn quotas(&self) -> &BTreeMap<String, TenantQuota> {
+        &self.quotas
+    }
+
     /// When the next lease ends, if nothing prolongs it.
     pub fn next_expiry(&self) -> Option<Instant> {
         self.leases.values().map(|lease| lease.expires_at).min()
     }
 
-    /// Grows with every change of the members.
+    /// Grows with every change.
     pub fn revision(&self) -> u64 {
         self.revision
     }

@@ -3,22 +3,32 @@
 //! Invariant: a member leaves the view for one of three reasons only: the registry said that it left, the registry,
 //! after it came back, did not name it for a whole lease, or a newer record took its place. Silence is no reason.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use types::{NodeId, NodeRecord};
+use types::{NodeId, NodeRecord, TenantQuota};
 
 use super::Members;
 
 /// News from the registry.
 #[derive(Debug, Clone)]
 pub(crate) enum Change {
-    /// All members as of `revision`.
-    All { revision: u64, records: Vec<NodeRecord> },
+    /// All there is as of `revision`.
+    All {
+        revision: u64,
+        records: Vec<NodeRecord>,
+        quotas: BTreeMap<String, TenantQuota>,
+    },
     /// This one joined, or changed.
     Joined { revision: u64, record: Box<NodeRecord> },
     /// This one left.
     Left { revision: u64, id: NodeId },
+    /// A tenant's quota, which is empty if it has none any more.
+    Quota {
+        revision: u64,
+        tenant: String,
+        quota: TenantQuota,
+    },
 }
 
 #[derive(Debug)]
@@ -48,8 +58,13 @@ impl View {
 
     pub(crate) fn apply(&mut self, change: Change, now: Instant) {
         match change {
-            Change::All { revision, records } => {
+            Change::All {
+                revision,
+                records,
+                quotas,
+            } => {
                 self.members.revision = revision;
+                self.members.quotas = quotas;
                 self.replace(records, now);
             }
             Change::Joined { revision, record } => {
@@ -61,6 +76,17 @@ impl View {
                 self.members.revision = revision;
                 self.unconfirmed.remove(&id);
                 self.members.nodes.remove(&id);
+            }
+            Change::Quota {
+                revision,
+                tenant,
+                quota,
+            } => {
+                self.members.revision = revision;
+                match quota.is_empty() {
+                    true => self.members.quotas.remove(&tenant),
+                    false => self.members.quotas.insert(tenant, quota),
+                };
             }
         }
     }

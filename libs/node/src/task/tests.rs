@@ -1,3 +1,5 @@
+use rstest::rstest;
+
 use super::*;
 
 #[tokio::test]
@@ -44,6 +46,25 @@ async fn the_end_of_a_task_at_shutdown_is_no_failure() {
     shutdown.start();
     task.await.expect("joins");
     assert_eq!(shutdown.failure(), None);
+}
+
+#[rstest]
+#[case::told_and_well(true, Ok(()), false)]
+#[case::told_and_ill(true, Err(Error::unavailable("broken")), true)]
+#[case::not_told(false, Ok(()), true)]
+#[tokio::test]
+async fn a_task_that_is_told_to_end_may_end_well(
+    #[case] told: bool,
+    #[case] end: Result<(), Error>,
+    #[case] fails: bool,
+) {
+    let (shutdown, token) = (Shutdown::new(), CancellationToken::new());
+    if told {
+        token.cancel();
+    }
+    let policy = OnEnd::FailProcessUnless(shutdown.clone(), token);
+    spawn("engine", policy, async { end }).await.expect("joins");
+    assert_eq!(shutdown.failure().is_some(), fails);
 }
 
 #[tokio::test]

@@ -8,11 +8,42 @@ const GRACE: Duration = Duration::from_secs(10);
 
 fn all(revision: u64, ids: &[&str]) -> Change {
     let records = ids.iter().map(|id| record(id, 1, "m", 32)).collect();
-    Change::All { revision, records }
+    Change::All {
+        revision,
+        records,
+        quotas: BTreeMap::new(),
+    }
 }
 
 fn ids(view: &View) -> Vec<&str> {
     view.members().nodes.keys().map(NodeId::as_str).collect()
+}
+
+#[test]
+fn quotas_are_what_the_registry_said_last() {
+    let now = Instant::now();
+    let mut view = View::new(GRACE);
+    let quota = |bytes| TenantQuota {
+        bytes_max: Some(bytes),
+        weight: None,
+    };
+    let said = |revision, tenant: &str, quota| Change::Quota {
+        revision,
+        tenant: tenant.to_owned(),
+        quota,
+    };
+    view.apply(all(1, &[]), now);
+    view.apply(said(2, "a", quota(1)), now);
+    view.apply(said(3, "b", quota(2)), now);
+    view.apply(said(4, "a", quota(3)), now);
+    let both = [("a".to_owned(), quota(3)), ("b".to_owned(), quota(2))];
+    assert_eq!(view.members().quotas, BTreeMap::from(both));
+    view.disconnect();
+    assert_eq!(view.members().quotas.len(), 2, "silence says nothing");
+    view.apply(said(5, "b", TenantQuota::default()), now);
+    assert_eq!(view.members().quotas.len(), 1);
+    view.apply(all(6, &[]), now);
+    assert!(view.members().quotas.is_empty());
 }
 
 #[test]
@@ -113,7 +144,7 @@ proptest! {
                     } else {
                         back_at = now;
                     }
-                    view.apply(Change::All { revision, records }, now);
+                    view.apply(Change::All { revision, records, quotas: BTreeMap::new() }, now);
                 }
                 1 if before.connected => {
                     let record = Box::new(record(id.as_str(), 1, "m", 32));
