@@ -277,6 +277,20 @@ mod tests {
         let (a, b) = (NodeId::new("decode-0"), NodeId::new("store-0"));
         let first = stats(&[(Some("acme"), 30, Some(50)), (Some(""), 10, None)]);
         let second = stats(&[(Some("acme"), 5, Some(50)), (None, 70, None)]);
+        let said = [(&a, &first), (&b, &second)];
+        golden::check("tenant-list", &list_view(&said));
+        golden::check("tenant-usage", &usage_view(&said, None));
+        let only = usage_view(&said, Some("acme"));
+        assert_eq!(only.documents()[0]["nodes"][1]["tenants"][0]["cached_blocks"], 5);
+        assert_eq!(only.documents()[0]["nodes"][0]["tenants"][1], Value::Null);
+    }
+
+    #[test]
+    fn a_quota_is_told_as_it_holds() {
+        let quota = |bytes_max, weight| TenantQuota {
+            bytes_max,
+            weight: NonZeroU32::new(weight),
+        };
         golden::check("tenant-set-quota", &quota_view("acme", quota(Some(3 << 29), 2)));
         let all = quota_text("", quota(Some(0), 0));
         assert_eq!(
