@@ -2,8 +2,10 @@
 //! prefill, under a budget of tokens and of KV blocks.
 //!
 //! Invariants:
-//! - A step never holds more rows than [`Limits::step_tokens`], which bounds the gap between two tokens of
-//!   every running sequence, whatever prompts are prefilled beside it.
+//! - A step never holds more rows than [`Limits::step_tokens`], nor more tokens of prompts than keep the limits on gaps of the
+//!   sequences that decode in it (`pace.rs`).
+//! - The oldest prompt is in every step, with half of what there is for prompts; the other half goes to those that need least, so
+//!   that a short prompt does not wait for a long one.
 //! - Age decides. An older sequence that finds no block takes those of the youngest, which is computed anew
 //!   later; nobody ever takes from an older one. So the oldest sequence always advances unless blocks are held
 //!   outside of the batch, and hence every sequence ends.
@@ -14,6 +16,11 @@
 //! sequence ends (`output.rs`).
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
+
+use types::Millis;
+
+use crate::pace::Pace;
 
 /// A sequence, named by its age: ids grow with acceptance, so of two the smaller one is older.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,11 +39,21 @@ pub struct Limits {
     pub block_tokens: usize,
 }
 
+/// What came of holding a sequence's blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begun {
+    /// They are held, and so many leading tokens are cached.
+    Held(usize),
+    /// There is no room, and nothing is held.
+    NoRoom,
+    /// What is cached of it is being read back: it is asked for again in the next step. Nothing is held.
+    Later,
+}
+
 /// The KV memory of the sequences, as far as the batch needs to know it.
 pub trait Blocks {
-    /// Holds what is cached of a sequence and makes room for its first `tokens` tokens. Returns how many leading
-    /// tokens are cached; `None`, with nothing held, if there is no room.
-    fn begin(&mut self, sequence: SequenceId, tokens: usize) -> Option<usize>;
+    /// Holds what is cached of a sequence and makes room for its first `tokens` tokens.
+    fn begin(&mut self, sequence: SequenceId, tokens: usize) -> Begun;
     /// Makes room for the first `tokens` tokens of a sequence that holds blocks. False, with nothing changed, if
     /// there is none.
     fn grow(&mut self, sequence: SequenceId, tokens: usize) -> bool;
@@ -113,6 +130,8 @@ struct Sequence {
     computed: usize,
     /// Finished, but for the computation of its last token.
     closing: bool,
+    /// Longest gap between its tokens.
+    gap: Option<Millis>,
 }
 
 impl Sequence {
@@ -171,7 +190,12 @@ impl Batch {
     }
 
     /// Adds a sequence of `known` tokens that holds no blocks: it is prefilled here.
-    pub fn submit(&mut self, sequence: SequenceId, known: usize) -> Result<(), QueueFull> {
+    pub fn submit(
+        &mut self,
+        sequence: SequenceId,
+        known: usize,
+        gap: Option<Millis>,
+    ) -> Result<(), QueueFull> {
         assert!(known > 0, "a sequence has at least one token");
         self.check_room()?;
         self.waiting.insert(
@@ -180,22 +204,29 @@ impl Batch {
                 known,
                 computed: 0,
                 closing: false,
+                gap,
             },
         );
         Ok(())
     }
 
     /// Adds a sequence of `known` tokens that holds blocks with the KV of all but the last one.
-    pub fn join(&mut self, sequence: SequenceId, known: usize) -> Result<(), QueueFull> {
-        self.join_as(sequence, known, false)
+    pub fn join(&mut self, sequence: SequenceId, known: usize, gap: Option<Millis>) -> Result<(), QueueFull> {
+        self.join_as(sequence, known, gap, false)
     }
 
     /// As [`Batch::join`], for a sequence that ended with its last token, of which only the KV is wanted.
     pub fn join_finished(&mut self, sequence: SequenceId, known: usize) -> Result<(), QueueFull> {
-        self.join_as(sequence, known, true)
+        self.join_as(sequence, known, None, true)
     }
 
-    fn join_as(&mut self, sequence: SequenceId, known: usize, closing: bool) -> Result<(), QueueFull> {
+    fn join_as(
+        &mut self,
+        sequence: SequenceId,
+        known: usize,
+        gap: Option<Millis>,
+        closing: bool,
+    ) -> Result<(), QueueFull> {
         assert!(known > 1, "a prompt and its first token are known");
         self.check_room()?;
         self.ready.insert(
@@ -204,6 +235,7 @@ impl Batch {
                 known,
                 computed: known - 1,
                 closing,
+                gap,
             },
         );
         Ok(())
@@ -226,11 +258,11 @@ impl Batch {
 
     /// Decides the next step. Its rows must be computed and reported to [`Batch::advance`] before the next call,
     /// or their sequences removed.
-    pub fn plan(&mut self, blocks: &mut impl Blocks) -> Step {
+    pub fn plan(&mut self, blocks: &mut impl Blocks, pace: &Pace) -> Step {
         let mut step = Step::default();
         self.plan_decode(blocks, &mut step);
         self.admit(blocks, &mut step);
-        self.plan_prefill(&mut step);
+        self.plan_prefill(pace, &mut step);
         step.rows.sort_unstable_by_key(|row| row.sequence);
         step
     }
@@ -292,9 +324,13 @@ impl Batch {
     /// Fills free seats, oldest first. A sequence that finds no room keeps all that need room behind it waiting, so
     /// that none overtakes it; those that hold blocks may pass, because only running gives blocks back.
     fn admit(&mut self, blocks: &mut impl Blocks, step: &mut Step) {
+        // Those up to it have been looked at.
+        let mut passed = None;
         while self.running.len() < self.limits.sequences_max {
             let ready = self.ready.first_key_value().map(|(id, _)| *id);
-            let waiting = self.waiting.first_key_value().map(|(id, _)| *id);
+            let after = passed.map_or(Bound::Unbounded, Bound::Excluded);
+            let waiting = self.waiting.range((after, Bound::Unbounded)).next();
+            let waiting = waiting.map(|(id, _)| *id);
             match (ready, waiting.filter(|_| !step.short_of_blocks)) {
                 (Some(ready), waiting) if waiting.is_none_or(|waiting| ready < waiting) => {
                     let sequence = self.ready.remove(&ready).expect("it is the first key");
@@ -307,9 +343,16 @@ impl Batch {
                 }
                 (_, Some(waiting)) => {
                     let mut sequence = self.waiting[&waiting];
-                    let Some(cached) = blocks.begin(waiting, sequence.known) else {
-                        step.short_of_blocks = true;
-                        continue;
+                    let cached = match blocks.begin(waiting, sequence.known) {
+                        Begun::Held(cached) => cached,
+                        Begun::NoRoom => {
+                            step.short_of_blocks = true;
+                            continue;
+                        }
+                        Begun::Later => {
+                            passed = Some(waiting);
+                            continue;
+                        }
                     };
                     sequence.computed = cached.min(sequence.known);
                     self.waiting.remove(&waiting);
@@ -323,19 +366,37 @@ impl Batch {
         }
     }
 
-    /// Spends what is left of the budget on prompts, oldest first. Their room was made when they were admitted.
-    fn plan_prefill(&self, step: &mut Step) {
-        let mut budget = self.limits.step_tokens - step.rows.len();
-        for (id, sequence) in &self.running {
-            if budget == 0 {
-                break;
-            }
-            if !sequence.decodes() {
-                let tokens = sequence.remaining().min(budget);
-                step.rows.push(sequence.row(*id, tokens));
-                budget -= tokens;
-            }
+    /// Spends what is left of the budget on prompts. Their room was made when they were admitted.
+    fn plan_prefill(&self, pace: &Pace, step: &mut Step) {
+        let prompts = self.running.iter().filter(|(_, sequence)| !sequence.decodes());
+        let mut prompts: Vec<(SequenceId, &Sequence)> =
+            prompts.map(|(id, sequence)| (*id, sequence)).collect();
+        let Some(&(oldest, first)) = prompts.first() else {
+            return;
+        };
+        let room = self.limits.step_tokens - step.rows.len();
+        let gaps = step.rows.iter().filter_map(|row| self.running[&row.sequence].gap);
+        let strictest = gaps.min_by(|a, b| a.0.total_cmp(&b.0));
+        let deepest = prompts
+            .iter()
+            .map(|(_, sequence)| sequence.computed)
+            .max()
+            .unwrap_or(0);
+        let mut budget = strictest.map_or(room, |limit| pace.prompt_tokens(limit, deepest, room));
+        let reserved = first.remaining().min(budget.div_ceil(2));
+        budget -= reserved;
+        // Stable, so that of two that need as much the older one comes first.
+        prompts.sort_by_key(|(_, sequence)| sequence.remaining());
+        let mut given: Vec<(SequenceId, usize)> = Vec::with_capacity(prompts.len());
+        for (id, sequence) in prompts.into_iter().filter(|(id, _)| *id != oldest) {
+            let tokens = sequence.remaining().min(budget);
+            budget -= tokens;
+            given.push((id, tokens));
         }
+        given.push((oldest, reserved + budget.min(first.remaining() - reserved)));
+        let given = given.into_iter().filter(|(_, tokens)| *tokens > 0);
+        step.rows
+            .extend(given.map(|(id, tokens)| self.running[&id].row(id, tokens)));
     }
 
     /// Records that a row of the last plan was computed.

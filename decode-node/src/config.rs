@@ -14,7 +14,7 @@ pub struct Config {
     /// Sequences in the batch.
     pub sequences_max: usize,
     /// Rows of one step of the engine: the tokens of the batch, and what is left of it for prompts that are
-    /// prefilled here. It bounds the gap between two tokens of every sequence.
+    /// prefilled here. It bounds the gap between two tokens of every sequence; limits that requests name bound it further.
     pub step_tokens: usize,
     /// Requests that are accepted at a time: those that run, those that wait, and those whose KV is on its way.
     pub requests_max: usize,

@@ -13,21 +13,26 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use engine::sampler::{Sampled, sample};
 use engine::{Engine, LogitsWanted, SequenceStep, StepObserver};
 use kv_store::{SequenceBlocks, Store};
+use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_util::sync::CancellationToken;
-use types::{Error, FinishReason, SamplingParams, Token, TokenLogprob};
+use types::{BlockHash, Error, FinishReason, Millis, SamplingParams, Token, TokenLogprob};
 
-use crate::batch::{Advanced, Batch, Blocks, Finish, Limits, Row, SequenceId, Step};
+use crate::batch::{Advanced, Batch, Begun, Blocks, Finish, Limits, Row, SequenceId, Step};
 use crate::output::Output;
+use crate::pace::Work;
 use crate::shared::Shared;
 
 /// Events of a sequence beside its tokens: that it started, and how it ended.
 pub(crate) const EVENTS_BESIDE_TOKENS: usize = 2;
+
+/// How long a preempted sequence waits for its blocks on disk. Thousands of tokens are computed in the meantime, and others go on.
+const READ_BACK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What the thread is told.
 pub(crate) enum Command {
@@ -45,6 +50,8 @@ pub(crate) struct Job {
     pub(crate) prompt_tokens: usize,
     pub(crate) params: Arc<SamplingParams>,
     pub(crate) tenant: String,
+    /// Longest gap between its tokens.
+    pub(crate) gap: Option<Millis>,
     pub(crate) output: Output,
     pub(crate) start: Start,
     /// With room for what [`Output::remaining`] says and [`EVENTS_BESIDE_TOKENS`].
@@ -96,10 +103,22 @@ struct Sequence {
     output: Output,
     blocks: Option<SequenceBlocks>,
     events: mpsc::Sender<Event>,
+    preempted: Preempted,
     /// Whether the client knows that prefill started.
     started: bool,
     last_token_at: Option<Instant>,
     _permit: OwnedSemaphorePermit,
+}
+
+/// What became of a sequence's blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Preempted {
+    /// They were not taken, or what is left of them is in memory.
+    No,
+    /// An older sequence took them. They may have gone to disk.
+    Lost,
+    /// So many are coming back from disk, or are in memory.
+    Reading { blocks: usize, until: Instant },
 }
 
 /// Gives up a step when the node stops.
@@ -118,21 +137,32 @@ impl StepObserver for StopObserver<'_> {
 /// The batch's view of the sequences' blocks.
 struct Memory<'a> {
     store: &'a Store,
+    runtime: &'a Handle,
     sequences: &'a mut HashMap<SequenceId, Sequence>,
 }
 
 impl Blocks for Memory<'_> {
-    fn begin(&mut self, id: SequenceId, tokens: usize) -> Option<usize> {
-        let sequence = self.sequences.get_mut(&id)?;
+    fn begin(&mut self, id: SequenceId, tokens: usize) -> Begun {
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return Begun::NoRoom;
+        };
         let known = &sequence.tokens[..tokens];
         // Looked up first without touching anything: who waits asks again and again.
         let (_, chain) = self.store.chain(&sequence.tenant, known);
-        let missing = self.store.layout().blocks_for(tokens) - self.store.lookup_len(&chain);
-        if missing > self.store.available() {
-            return None;
+        let held = self.store.lookup_len(&chain);
+        if self.store.layout().blocks_for(tokens) - held > self.store.available() {
+            return Begun::NoRoom;
+        }
+        if sequence
+            .preempted
+            .is_reading(self.store, self.runtime, chain, held)
+        {
+            return Begun::Later;
         }
         let mut blocks = SequenceBlocks::begin(self.store, &sequence.tenant, known);
-        blocks.grow_to(tokens).ok()?;
+        if blocks.grow_to(tokens).is_err() {
+            return Begun::NoRoom;
+        }
         let cached = blocks.cached_tokens();
         sequence.blocks = Some(blocks);
         if !sequence.started {
@@ -142,7 +172,7 @@ impl Blocks for Memory<'_> {
                 at: Instant::now(),
             });
         }
-        Some(cached)
+        Begun::Held(cached)
     }
 
     fn grow(&mut self, id: SequenceId, tokens: usize) -> bool {
@@ -156,6 +186,32 @@ impl Blocks for Memory<'_> {
     fn release(&mut self, id: SequenceId) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.blocks = None;
+            sequence.preempted = Preempted::Lost;
+        }
+    }
+}
+
+impl Preempted {
+    /// Whether what a preempted sequence has on disk is still coming back. Begins to read it where there is something to read; a
+    /// read that takes too long is given up, and computed.
+    fn is_reading(&mut self, store: &Store, runtime: &Handle, chain: Vec<BlockHash>, held: usize) -> bool {
+        if *self == Self::Lost {
+            let _within = runtime.enter();
+            let (in_memory, reading) = store.read_ahead(chain);
+            *self = match reading {
+                0 => Self::No,
+                reading => Self::Reading {
+                    blocks: in_memory + reading,
+                    until: Instant::now() + READ_BACK_TIMEOUT,
+                },
+            };
+        }
+        match *self {
+            Self::Reading { blocks, until } if held < blocks && Instant::now() < until => true,
+            Self::No | Self::Lost | Self::Reading { .. } => {
+                *self = Self::No;
+                false
+            }
         }
     }
 }
@@ -197,6 +253,8 @@ impl Sequence {
 /// The thread's state.
 pub(crate) struct EngineLoop {
     shared: Arc<Shared>,
+    /// What is read back from disk is read there.
+    runtime: Handle,
     engine: Engine,
     commands: Receiver<Command>,
     batch: Batch,
@@ -206,6 +264,7 @@ pub(crate) struct EngineLoop {
 }
 
 impl EngineLoop {
+    /// Call it within the runtime.
     pub(crate) fn new(shared: Arc<Shared>, engine: Engine, commands: Receiver<Command>) -> Self {
         let limits = Limits {
             sequences_max: shared.config.sequences_max,
@@ -215,6 +274,7 @@ impl EngineLoop {
         };
         Self {
             shared,
+            runtime: Handle::current(),
             engine,
             commands,
             batch: Batch::new(limits),
@@ -229,9 +289,11 @@ impl EngineLoop {
             self.drop_cancelled();
             let mut memory = Memory {
                 store: &self.shared.store,
+                runtime: &self.runtime,
                 sequences: &mut self.sequences,
             };
-            let step = self.batch.plan(&mut memory);
+            let pace = self.shared.progress().pace;
+            let step = self.batch.plan(&mut memory, &pace);
             self.shared.short_of_blocks.send_if_modified(|short| {
                 std::mem::replace(short, step.short_of_blocks) != step.short_of_blocks
             });
@@ -291,6 +353,7 @@ impl EngineLoop {
             prompt_tokens,
             params,
             tenant,
+            gap,
             output,
             start,
             events,
@@ -298,11 +361,11 @@ impl EngineLoop {
         } = job;
         let known = tokens.len();
         let (blocks, joined) = match start {
-            Start::Prefill => (None, self.batch.submit(id, known)),
+            Start::Prefill => (None, self.batch.submit(id, known, gap)),
             Start::Received(blocks) if output.finish().is_some() => {
                 (Some(blocks), self.batch.join_finished(id, known))
             }
-            Start::Received(blocks) => (Some(blocks), self.batch.join(id, known)),
+            Start::Received(blocks) => (Some(blocks), self.batch.join(id, known, gap)),
         };
         let sequence = Sequence {
             tokens,
@@ -310,6 +373,7 @@ impl EngineLoop {
             params,
             tenant,
             output,
+            preempted: Preempted::No,
             started: blocks.is_some(),
             last_token_at: blocks.is_some().then(Instant::now),
             blocks,
@@ -443,32 +507,20 @@ impl EngineLoop {
 
     fn measure(&self, step: &Step, begun: Instant) {
         let elapsed = begun.elapsed();
-        let ms = elapsed.as_secs_f64() * 1000.0;
         let metrics = &self.shared.metrics;
         metrics.step_seconds.observe(elapsed.as_secs_f64());
-        let (prefill, decode): (Vec<&Row>, Vec<&Row>) =
-            step.rows.iter().partition(|row| row.end - row.start > 1);
-        let (mut tokens, mut token_kilocontext) = (0.0, 0.0);
-        for row in prefill {
-            let count = (row.end - row.start) as f64;
-            tokens += count;
-            token_kilocontext += count * (row.start + row.end) as f64 / 2000.0;
+        let mut work = Work::default();
+        for row in &step.rows {
+            match row.end - row.start {
+                1 => work.decodes = true,
+                _ => work.add_prompt(&(row.start..row.end)),
+            }
         }
-        let mut progress = self.shared.progress();
-        if tokens == 0.0 {
-            progress.decode_step_ms.observe(ms);
-        } else {
-            // The running sequences' rows share the step; their time is known from steps of their own.
-            let beside = if decode.is_empty() {
-                0.0
-            } else {
-                progress.decode_step_ms.get()
-            };
-            progress
-                .prefill
-                .observe(tokens, token_kilocontext, (ms - beside).max(0.0));
-            metrics.prefill_tokens.inc_by(tokens as u64);
-        }
+        metrics.prefill_tokens.inc_by(work.prompt_tokens as u64);
+        self.shared
+            .progress()
+            .pace
+            .observe(&work, Millis(elapsed.as_secs_f64() * 1000.0));
     }
 
     fn report(&self) {

@@ -29,7 +29,7 @@ use kv_store::{SequenceBlocks, Store};
 use node::{Channels, Identity, Metrics};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
-use types::Error;
+use types::{Error, Millis};
 
 pub mod batch;
 pub mod config;
@@ -37,6 +37,7 @@ mod engine_loop;
 pub mod handoff;
 mod metrics;
 pub mod output;
+pub mod pace;
 pub mod rates;
 mod receive;
 mod request;
@@ -47,6 +48,7 @@ pub use config::Config;
 pub use service::Handle;
 
 use crate::engine_loop::{Command, EngineLoop};
+use crate::pace::Work;
 use crate::shared::Shared;
 
 /// How long interrupted requests may take to give back what they hold. Fences close in milliseconds.
@@ -157,16 +159,20 @@ fn calibrate(engine: &mut Engine, shared: &Shared) {
     let Ok(scratch) = SequenceBlocks::scratch(&shared.store, engine::CALIBRATION_TOKENS) else {
         return;
     };
-    let ms = |took: Duration| took.as_secs_f64() * 1e3;
+    let ms = |took: Duration| Millis(took.as_secs_f64() * 1e3);
     match engine.calibrate(scratch.block_ids()) {
         Ok(None) => {}
         Ok(Some(calibration)) => {
             let mut progress = shared.progress();
-            progress.decode_step_ms.observe(ms(calibration.decode_step));
+            let decodes = Work {
+                decodes: true,
+                ..Work::default()
+            };
+            progress.pace.observe(&decodes, ms(calibration.decode_step));
             for (positions, took) in calibration.prompts {
-                let tokens = positions.len() as f64;
-                let context = (positions.start + positions.end) as f64 / 2000.0;
-                progress.prefill.observe(tokens, tokens * context, ms(took));
+                let mut work = Work::default();
+                work.add_prompt(&positions);
+                progress.pace.observe(&work, ms(took));
             }
         }
         Err(error) => tracing::warn!(%error, "the engine's speed could not be measured"),

@@ -14,7 +14,9 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
-use types::{Error, ErrorCode, FinishReason, RequestId, SamplingParams, Token, TokenLogprob, TraceParent};
+use types::{
+    Error, ErrorCode, FinishReason, Millis, RequestId, SamplingParams, Token, TokenLogprob, TraceParent,
+};
 
 use crate::batch::SequenceId;
 use crate::engine_loop::{EVENTS_BESIDE_TOKENS, Event, Generated, Job, Start};
@@ -37,6 +39,8 @@ pub(crate) struct Request {
     pub(crate) prompt_tokens: usize,
     pub(crate) params: Arc<SamplingParams>,
     pub(crate) tenant: String,
+    /// Longest gap between its tokens.
+    pub(crate) gap: Option<Millis>,
     pub(crate) prefill: Option<v1::PrefillPlacement>,
     pub(crate) sources: Vec<v1::PrefixSource>,
     /// The trace that it belongs to.
@@ -144,6 +148,7 @@ async fn run(shared: &Shared, request: Request, watch: &Watch) -> Result<v1::Dec
         prompt_tokens,
         params,
         tenant,
+        gap,
         prefill,
         sources,
         trace,
@@ -201,6 +206,7 @@ async fn run(shared: &Shared, request: Request, watch: &Watch) -> Result<v1::Dec
         prompt_tokens,
         params,
         tenant,
+        gap,
         output,
         start,
         events: events_tx,

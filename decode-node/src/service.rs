@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tonic::{Response, Status};
 use tracing::Instrument;
-use types::{Error, ErrorCode, LoadReport, SamplingParams, Token, TraceParent};
+use types::{Error, ErrorCode, LoadReport, Millis, SamplingParams, Token, TraceParent};
 
 use crate::output::Output;
 use crate::request::{self, Message, Request, Watch};
@@ -186,6 +186,7 @@ impl Handle {
             prompt_tokens,
             params: Arc::new(params),
             tenant: wire.tenant,
+            gap: (wire.tbt_slo_ms > 0.0).then_some(Millis(wire.tbt_slo_ms)),
             prefill: wire.prefill,
             sources: wire.sources,
             trace,

@@ -17,7 +17,8 @@ use crate::batch::SequenceId;
 use crate::config::Config;
 use crate::engine_loop::{Command, Job};
 use crate::metrics::Metrics;
-use crate::rates::{PrefillRate, Smoothed};
+use crate::pace::Pace;
+use crate::rates::Smoothed;
 
 /// Shortest and longest time after which a refused client is told to come back.
 const RETRY_AFTER: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
@@ -53,8 +54,7 @@ pub(crate) struct Progress {
     pub(crate) running: usize,
     pub(crate) prefill_tokens: usize,
     pub(crate) resident_tokens: usize,
-    pub(crate) decode_step_ms: Smoothed,
-    pub(crate) prefill: PrefillRate,
+    pub(crate) pace: Pace,
     pub(crate) transfer_bytes_per_ms: Smoothed,
     pub(crate) request_ms: Smoothed,
 }
@@ -167,7 +167,7 @@ impl Shared {
         let blocks = self.store.stats().blocks;
         let (disk_blocks, disk_capacity_blocks) = self.store.disk_blocks();
         let progress = self.progress();
-        let (prefill_ms_per_token, prefill_ms_per_token_kilocontext) = progress.prefill.get();
+        let (prefill_ms_per_token, prefill_ms_per_token_kilocontext) = progress.pace.prefill_rates();
         LoadReport {
             // The service that sends the reports numbers them.
             sequence: 0,
@@ -179,7 +179,7 @@ impl Shared {
             evictable_blocks: blocks.reclaimable as u64,
             prefill_ms_per_token,
             prefill_ms_per_token_kilocontext,
-            decode_step_ms: progress.decode_step_ms.get(),
+            decode_step_ms: progress.pace.decode_step_ms(),
             transfer_bytes_per_ms: progress.transfer_bytes_per_ms.get(),
             disk_bytes_per_ms: self.store.disk_bytes_per_ms(),
             draining: self.is_draining() || self.store.is_quarantined(),

@@ -1,8 +1,9 @@
-//! Which prompt is computed next, and how much of it: chunked prefill, first come first served.
+//! Which prompts are computed next, and how much of them: chunked prefill, in which neither a long prompt waits for ever nor a short
+//! one for a long one.
 //!
 //! Invariants: every position that a prompt needs is dealt out exactly once, in order; a chunk ends on a block
 //! boundary unless it ends its prompt, so that a block's slice of a layer is complete in one step and is pushed
-//! once; a step never exceeds its token budget; the oldest ready prompt is in every step, so none starves.
+//! once; a step never exceeds its token budget; the oldest ready prompt has half of every step, so none starves.
 //!
 //! A pure state machine: nothing here waits, logs or reads a clock. Elsewhere: the computation (`engine_loop`),
 //! the memory that a prompt must own before it is ready (`session`).
@@ -176,35 +177,58 @@ impl Schedule {
         }
     }
 
-    /// Deals out the next step, oldest prompt first; empty if nothing is ready. What it returns counts as computed.
+    /// Deals out the next step, in order of arrival; empty if nothing is ready. What it returns counts as computed.
     ///
-    /// A younger prompt that fits into what is left of the budget goes along. It delays nobody: the next step
-    /// begins with the oldest again.
+    /// The oldest prompt has half of the budget, and what others leave of the rest. Those that need least come first in that: a short
+    /// prompt does not wait for a long one, and a long one takes at most twice as long as alone, however many short ones come.
     pub fn next_step(&mut self) -> Vec<Chunk> {
-        let mut room = self.limits.step_tokens;
-        let mut chunks = Vec::new();
+        let block_tokens = self.limits.block_tokens;
         let ready = self
             .entries
-            .iter_mut()
+            .iter()
             .filter(|(_, entry)| entry.ready && !entry.remaining.is_empty());
-        for (ticket, entry) in ready {
-            if room == 0 || chunks.len() == self.limits.step_sequences_max {
+        let mut ready: Vec<(Ticket, Range<usize>)> = ready
+            .map(|(ticket, entry)| (*ticket, entry.remaining.clone()))
+            .collect();
+        if ready.is_empty() {
+            return Vec::new();
+        }
+        let (oldest, needed) = ready.remove(0);
+        let budget = self.limits.step_tokens;
+        let mut room = budget - chunk(&needed, budget.div_ceil(2).max(block_tokens), block_tokens).len();
+        // Stable, so that of two that need as much the older one comes first.
+        ready.sort_by_key(|(_, remaining)| remaining.len());
+        let mut dealt = BTreeMap::new();
+        for (ticket, remaining) in ready {
+            if room == 0 || dealt.len() + 1 == self.limits.step_sequences_max {
                 break;
             }
-            let tokens = chunk(&entry.remaining, room, self.limits.block_tokens);
-            if tokens.is_empty() {
-                continue;
+            let tokens = chunk(&remaining, room, block_tokens);
+            if !tokens.is_empty() {
+                room -= tokens.len();
+                dealt.insert(ticket, tokens);
             }
-            room -= tokens.len();
-            entry.remaining.start = tokens.end;
-            self.queued_tokens -= tokens.len();
-            chunks.push(Chunk {
-                ticket: *ticket,
-                last: entry.remaining.is_empty(),
-                tokens,
-            });
         }
-        chunks
+        let others: usize = dealt.values().map(Range::len).sum();
+        dealt.insert(oldest, chunk(&needed, budget - others, block_tokens));
+        let deal = dealt
+            .into_iter()
+            .map(|(ticket, tokens)| self.deal(ticket, tokens));
+        deal.collect()
+    }
+
+    fn deal(&mut self, ticket: Ticket, tokens: Range<usize>) -> Chunk {
+        let entry = self
+            .entries
+            .get_mut(&ticket)
+            .expect("it was found among the entries");
+        entry.remaining.start = tokens.end;
+        self.queued_tokens -= tokens.len();
+        Chunk {
+            ticket,
+            last: entry.remaining.is_empty(),
+            tokens,
+        }
     }
 
     /// Prompts that wait or are being computed.

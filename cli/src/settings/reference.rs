@@ -355,7 +355,7 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
             ("sequences_max", "Sequences in the batch."),
             (
                 "step_tokens",
-                "Rows of one engine step; bounds the gap between two tokens of every sequence.",
+                "Rows of one engine step at most; prompts get fewer where sequences name a limit on gaps.",
             ),
             ("requests_max", "Requests accepted at a time, in every state."),
             (

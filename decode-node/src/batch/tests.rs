@@ -3,6 +3,7 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 
 use super::*;
+use crate::pace::Work;
 
 const BLOCK_TOKENS: usize = 8;
 
@@ -14,6 +15,8 @@ struct Pool {
     outside: usize,
     /// Leading tokens that `begin` finds cached, per sequence.
     cached: HashMap<SequenceId, usize>,
+    /// How often `begin` says `Later` before it holds.
+    reads: HashMap<SequenceId, usize>,
 }
 
 impl Pool {
@@ -23,6 +26,7 @@ impl Pool {
             held: HashMap::new(),
             outside: 0,
             cached: HashMap::new(),
+            reads: HashMap::new(),
         }
     }
 
@@ -32,14 +36,18 @@ impl Pool {
 }
 
 impl Blocks for Pool {
-    fn begin(&mut self, sequence: SequenceId, tokens: usize) -> Option<usize> {
+    fn begin(&mut self, sequence: SequenceId, tokens: usize) -> Begun {
         assert!(!self.held.contains_key(&sequence), "{sequence:?} began twice");
         let blocks = tokens.div_ceil(BLOCK_TOKENS);
         if blocks > self.free() {
-            return None;
+            return Begun::NoRoom;
+        }
+        if let Some(left) = self.reads.get_mut(&sequence).filter(|left| **left > 0) {
+            *left -= 1;
+            return Begun::Later;
         }
         self.held.insert(sequence, blocks);
-        Some(self.cached.get(&sequence).copied().unwrap_or(0).min(tokens))
+        Begun::Held(self.cached.get(&sequence).copied().unwrap_or(0).min(tokens))
     }
 
     fn grow(&mut self, sequence: SequenceId, tokens: usize) -> bool {
@@ -65,21 +73,31 @@ struct Job {
     prompt: usize,
     output: usize,
     cached_blocks: usize,
+    /// Steps for which its cached blocks are being read back.
+    reads: usize,
     /// Joins with blocks from a handoff if there is room for them.
     handoff: bool,
     arrives_at: usize,
 }
 
 fn job(tokens_max: usize) -> impl Strategy<Value = Job> {
-    (1..tokens_max, 1..24_usize, 0..3_usize, any::<bool>(), 0..40_usize).prop_map(
-        move |(prompt, output, cached_blocks, handoff, arrives_at)| Job {
-            prompt,
-            output: output.min(tokens_max - prompt),
-            cached_blocks,
-            handoff,
-            arrives_at,
-        },
+    (
+        1..tokens_max,
+        1..24_usize,
+        (0..3_usize, 0..3_usize),
+        any::<bool>(),
+        0..40_usize,
     )
+        .prop_map(
+            move |(prompt, output, (cached_blocks, reads), handoff, arrives_at)| Job {
+                prompt,
+                output: output.min(tokens_max - prompt),
+                cached_blocks,
+                reads,
+                handoff,
+                arrives_at,
+            },
+        )
 }
 
 fn limits(sequences_max: usize, step_tokens: usize) -> Limits {
@@ -110,7 +128,7 @@ fn run(limits: Limits, capacity: usize, jobs: &[Job], outside: &[usize], cancels
     let mut arrived = 0;
     let work: usize = jobs.iter().map(|job| job.prompt + job.output + 2).sum();
     // Every step at least advances the oldest sequence, but preemption may compute tokens again.
-    let bound = 60 + work * (1 + jobs.len());
+    let bound = 60 + (work + jobs.iter().map(|job| job.reads).sum::<usize>()) * (1 + jobs.len());
     let mut steps = 0;
     while arrived < jobs.len() || !models.is_empty() {
         steps += 1;
@@ -130,10 +148,11 @@ fn run(limits: Limits, capacity: usize, jobs: &[Job], outside: &[usize], cancels
             let joins = job.handoff && job.output > 1 && !short_before && blocks <= pool.free();
             if joins {
                 pool.held.insert(id, blocks);
-                batch.join(id, known).expect("bounded");
+                batch.join(id, known, None).expect("bounded");
             } else {
-                batch.submit(id, job.prompt).expect("bounded");
+                batch.submit(id, job.prompt, None).expect("bounded");
             }
+            pool.reads.insert(id, job.reads);
             pool.cached.insert(
                 id,
                 (job.cached_blocks * BLOCK_TOKENS).min(job.prompt / BLOCK_TOKENS * BLOCK_TOKENS),
@@ -158,7 +177,7 @@ fn run(limits: Limits, capacity: usize, jobs: &[Job], outside: &[usize], cancels
         }
         let free = pool.outside + pool.free();
         pool.outside = outside.get(steps).copied().unwrap_or(0).min(free);
-        let step = batch.plan(&mut pool);
+        let step = batch.plan(&mut pool, &Pace::default());
         batch.check_integrity();
         check_step(&step, &limits, &models, &pool);
         for id in &step.preempted {
@@ -260,10 +279,10 @@ proptest! {
 fn decode_rows_come_before_prefill_and_prefill_gets_the_rest() {
     let mut pool = Pool::new(100);
     let mut batch = Batch::new(limits(4, 10));
-    batch.submit(SequenceId(0), 40).expect("room");
+    batch.submit(SequenceId(0), 40, None).expect("room");
     pool.held.insert(SequenceId(1), 1);
-    batch.join(SequenceId(1), 6).expect("room");
-    let step = batch.plan(&mut pool);
+    batch.join(SequenceId(1), 6, None).expect("room");
+    let step = batch.plan(&mut pool, &Pace::default());
     let spans: Vec<_> = step
         .rows
         .iter()
@@ -277,8 +296,8 @@ fn a_wholly_cached_prompt_computes_its_last_token_again_without_writing() {
     let mut pool = Pool::new(100);
     pool.cached.insert(SequenceId(0), 16);
     let mut batch = Batch::new(limits(4, 10));
-    batch.submit(SequenceId(0), 16).expect("room");
-    let rows = batch.plan(&mut pool).rows;
+    batch.submit(SequenceId(0), 16, None).expect("room");
+    let rows = batch.plan(&mut pool, &Pace::default()).rows;
     let row = Row {
         sequence: SequenceId(0),
         start: 15,
@@ -294,14 +313,14 @@ fn an_older_sequence_takes_the_blocks_of_the_youngest() {
     let mut pool = Pool::new(3);
     let mut batch = Batch::new(limits(4, 64));
     for id in 0..3 {
-        batch.submit(SequenceId(id), BLOCK_TOKENS).expect("room");
+        batch.submit(SequenceId(id), BLOCK_TOKENS, None).expect("room");
     }
-    let step = batch.plan(&mut pool);
+    let step = batch.plan(&mut pool, &Pace::default());
     for row in &step.rows {
         assert_eq!(batch.advance(row), Advanced::Sample);
         batch.extend(row.sequence);
     }
-    let step = batch.plan(&mut pool);
+    let step = batch.plan(&mut pool, &Pace::default());
     assert_eq!(step.preempted, [SequenceId(2)]);
     assert!(step.short_of_blocks);
     // The middle one finds nothing either, and keeps what it has: there is nobody younger left.
@@ -315,11 +334,11 @@ fn an_older_sequence_takes_the_blocks_of_the_youngest() {
 fn nobody_overtakes_a_sequence_that_waits_for_blocks() {
     let mut pool = Pool::new(4);
     let mut batch = Batch::new(limits(4, 64));
-    batch.submit(SequenceId(0), 3 * BLOCK_TOKENS).expect("room");
-    assert_eq!(batch.plan(&mut pool).rows.len(), 1);
-    batch.submit(SequenceId(1), 2 * BLOCK_TOKENS).expect("room");
-    batch.submit(SequenceId(2), 1).expect("room");
-    let step = batch.plan(&mut pool);
+    batch.submit(SequenceId(0), 3 * BLOCK_TOKENS, None).expect("room");
+    assert_eq!(batch.plan(&mut pool, &Pace::default()).rows.len(), 1);
+    batch.submit(SequenceId(1), 2 * BLOCK_TOKENS, None).expect("room");
+    batch.submit(SequenceId(2), 1, None).expect("room");
+    let step = batch.plan(&mut pool, &Pace::default());
     assert!(step.short_of_blocks);
     assert!(step.rows.iter().all(|row| row.sequence == SequenceId(0)));
 }
@@ -330,7 +349,90 @@ fn a_full_queue_refuses() {
         waiting_max: 2,
         ..limits(1, 8)
     });
-    batch.submit(SequenceId(0), 1).expect("room");
-    batch.join(SequenceId(1), 2).expect("room");
-    assert_eq!(batch.submit(SequenceId(2), 1), Err(QueueFull { waiting: 2 }));
+    batch.submit(SequenceId(0), 1, None).expect("room");
+    batch.join(SequenceId(1), 2, None).expect("room");
+    assert_eq!(
+        batch.submit(SequenceId(2), 1, None),
+        Err(QueueFull { waiting: 2 })
+    );
+}
+
+fn pace() -> Pace {
+    let mut pace = Pace::default();
+    let work = |prompt_tokens, decodes| Work {
+        prompt_tokens,
+        token_kilocontext: 0.0,
+        decodes,
+    };
+    for _ in 0..50 {
+        pace.observe(&work(0.0, true), Millis(10.0));
+        pace.observe(&work(100.0, false), Millis(50.0));
+    }
+    pace
+}
+
+#[test]
+fn the_strictest_limit_of_those_that_decode_bounds_what_prompts_get() {
+    let mut pool = Pool::new(1000);
+    let mut batch = Batch::new(limits(8, 256));
+    for (id, gap) in [(0, None), (1, Some(Millis(60.0))), (2, Some(Millis(30.0)))] {
+        let sequence = SequenceId(id);
+        pool.held.insert(sequence, 1);
+        batch.join(sequence, 6, gap).expect("room");
+    }
+    // Its own limit does not count before it has drawn a token.
+    batch
+        .submit(SequenceId(3), 4000, Some(Millis(1.0)))
+        .expect("room");
+    let mut given = || {
+        let step = batch.plan(&mut pool, &pace());
+        let prompt = step
+            .rows
+            .iter()
+            .find(|row| row.sequence == SequenceId(3))
+            .expect("it advances");
+        let tokens = prompt.end - prompt.start;
+        for row in &step.rows {
+            if batch.advance(row) == Advanced::Sample {
+                batch.extend(row.sequence);
+            }
+        }
+        batch.remove(SequenceId(if tokens == 40 { 2 } else { 1 }));
+        tokens
+    };
+    assert_eq!([given(), given(), given()], [40, 100, 255]);
+}
+
+#[test]
+fn a_short_prompt_does_not_wait_for_a_long_one_and_the_long_one_goes_on() {
+    let mut pool = Pool::new(1000);
+    let mut batch = Batch::new(limits(8, 64));
+    batch.submit(SequenceId(0), 4000, None).expect("room");
+    batch.submit(SequenceId(1), 2000, None).expect("room");
+    batch.submit(SequenceId(2), 20, None).expect("room");
+    batch.submit(SequenceId(3), 20, None).expect("room");
+    let step = batch.plan(&mut pool, &Pace::default());
+    let spans: Vec<_> = step
+        .rows
+        .iter()
+        .map(|row| (row.sequence.0, row.end, row.sample))
+        .collect();
+    assert_eq!(spans, [(0, 32, false), (2, 20, true), (3, 12, false)]);
+}
+
+#[test]
+fn a_sequence_whose_blocks_are_read_back_keeps_nobody_waiting() {
+    let mut pool = Pool::new(100);
+    pool.reads.insert(SequenceId(0), 2);
+    let mut batch = Batch::new(limits(4, 64));
+    batch.submit(SequenceId(0), 8, None).expect("room");
+    batch.submit(SequenceId(1), 8, None).expect("room");
+    let mut steps = || {
+        let step = batch.plan(&mut pool, &Pace::default());
+        assert!(!step.short_of_blocks);
+        step.rows.iter().map(|row| row.sequence.0).collect::<Vec<_>>()
+    };
+    assert_eq!(steps(), [1]);
+    assert_eq!(steps(), [1]);
+    assert_eq!(steps(), [0, 1]);
 }

@@ -170,12 +170,12 @@ fn a_step_is_filled_by_several_prompts() {
         tokens,
         last,
     };
-    // 4 tokens are left beside the first prompt: no block of the second, but all of the third.
+    // The first has half of 24 tokens, and those that need less end beside it. The 3 that are left hold no block of it.
     assert_eq!(
         schedule.next_step(),
-        [chunk(0, 0..20, true), chunk(2, 0..3, true)]
+        [chunk(0, 0..8, false), chunk(1, 0..10, true), chunk(2, 0..3, true)]
     );
-    assert_eq!(schedule.next_step(), [chunk(1, 0..10, true)]);
+    assert_eq!(schedule.next_step(), [chunk(0, 8..20, true)]);
     assert_eq!(schedule.next_step(), []);
 }
 
@@ -210,5 +210,48 @@ fn a_full_queue_says_when_to_come_back() {
     assert_eq!(
         (error.code, error.retry_after_ms),
         (ErrorCode::Overloaded, Some(70))
+    );
+}
+
+#[test]
+fn a_short_prompt_does_not_wait_for_a_long_one_which_takes_at_most_twice_as_long() {
+    let limits = Limits {
+        requests_max: 1000,
+        tokens_max: 100_000,
+        step_tokens: 64,
+        step_sequences_max: 8,
+        block_tokens: BLOCK,
+    };
+    let mut schedule = Schedule::new(limits);
+    let admit = |schedule: &mut Schedule, length| {
+        let ticket = schedule.admit(length).expect("room").ticket;
+        schedule.ready(ticket, 0);
+        ticket
+    };
+    let long = admit(&mut schedule, 1600);
+    let mut steps = 0;
+    loop {
+        let short = admit(&mut schedule, 30);
+        let step = schedule.next_step();
+        steps += 1;
+        let of = |ticket| step.iter().find(|chunk: &&Chunk| chunk.ticket == ticket);
+        assert!(of(short).is_some_and(|chunk| chunk.last), "{step:?}");
+        let done = of(long).expect("it is in every step").last;
+        schedule.remove(short);
+        schedule.check_integrity();
+        if done {
+            break;
+        }
+    }
+    assert!(steps <= 2 * 1600 / 64, "{steps}");
+    // Alone it has all of a step.
+    let other = admit(&mut schedule, 100);
+    assert_eq!(
+        schedule.next_step(),
+        [Chunk {
+            ticket: other,
+            tokens: 0..64,
+            last: false
+        }]
     );
 }

@@ -218,5 +218,6 @@ pub(super) fn decode_request(
         sources: sources.collect(),
         deadline_ms: 0,
         tenant: request.tenant.clone(),
+        tbt_slo_ms: request.terms.slo.tbt.map_or(0.0, |limit| limit.0),
     }
 }
