@@ -10,7 +10,7 @@ USES_UCX := package(transfer) | package(ucx-sys) | binary(conversation) | binary
 
 export PERIGEE_MODEL ?= $(CURDIR)/$(MODEL)
 
-.PHONY: demo test test-image bench bench-transfer bench-store bench-router bench-eviction bench-table bench-cooperative lint format build setup setup-test clean help
+.PHONY: demo test test-image bench-engine bench-handoff bench-transfer bench-store bench-router bench-eviction bench-table bench-cooperative lint format build setup setup-test clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,8 +30,11 @@ test-image: $(MODEL) ## Build the image and run what the Helm chart renders, wit
 	scripts/setup.sh image
 	.venv/bin/python scripts/image_test.py --perigee $(PERIGEE) --model $(MODEL)
 
-bench: $(MODEL) ## Measure the engine and the layer push, beside llama.cpp; writes docs/performance.md
-	python3 scripts/bench.py $(BENCH)
+bench-engine: setup $(MODEL) ## Measure the engine beside llama.cpp and the machine's limits; writes docs/performance.md
+	python3 scripts/bench_engine.py $(BENCH)
+
+bench-handoff: $(MODEL) ## Measure the layer push between two processes; writes docs/performance.md
+	python3 scripts/bench_handoff.py $(BENCH)
 
 bench-transfer: setup ## Measure transfers beside bare TCP, ucx_perftest and Mooncake; writes docs/performance.md
 	python3 scripts/bench_transfer.py $(BENCH)

@@ -142,18 +142,18 @@ impl Model {
 
     /// Bytes of packed weights and embedding.
     pub fn weight_bytes(&self) -> usize {
-        let Weights {
-            embedding,
-            layers,
-            output_norm: _,
-            head,
-        } = &self.weights;
+        self.weights.embedding.bytes.len() + self.step_weight_bytes()
+    }
+
+    /// Bytes of weights that every step reads: all but the embedding, of which a token needs a row.
+    pub fn step_weight_bytes(&self) -> usize {
+        let Weights { layers, head, .. } = &self.weights;
         let of_layer = |layer: &Layer| {
             let linear = [&layer.query, &layer.key, &layer.value, &layer.attention_output];
             let matrices = linear.map(|linear| linear.matrix.bytes()).iter().sum::<usize>();
             matrices + layer.gate.bytes() + layer.up.bytes() + layer.down.bytes()
         };
-        embedding.bytes.len() + head.bytes() + layers.iter().map(of_layer).sum::<usize>()
+        head.bytes() + layers.iter().map(of_layer).sum::<usize>()
     }
 
     /// The format of its KV.
