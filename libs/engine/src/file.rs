@@ -34,6 +34,9 @@ use types::Token;
 use self::{gguf::Gguf, hugging_face::Directory, mapped::MappedFile, shapes::Located};
 use crate::{chat::ChatTemplate, config::ModelConfig, tensor::TensorView, tokenizer::Tokenizer};
 
+/// Bytes of a file that are hashed at a time.
+const HASHED_BYTES: usize = 8 << 20;
+
 /// An opened model. Weights stay mapped for as long as the value lives.
 #[derive(Debug)]
 pub struct ModelFile {
@@ -105,29 +108,39 @@ impl ModelFile {
 
     /// A weight that a model may lack, such as `blk.0.attn_q.bias`.
     pub fn optional_tensor(&self, name: &str) -> Option<TensorView<'_>> {
-        let name = if name == "output" && self.config.tied_head {
-            "token_embd"
-        } else {
-            name
-        };
-        let located = if name.ends_with(".bias") || name.ends_with(".weight") {
-            self.tensors.get(name)
-        } else {
-            self.tensors.get(&format!("{name}.weight"))
-        }?;
         let Located {
             format,
             rows,
             cols,
             file,
             bytes,
-        } = located;
+        } = self.located(name)?;
         Some(TensorView {
             format: *format,
             rows: *rows,
             cols: *cols,
             bytes: file.range(bytes),
         })
+    }
+
+    /// Gives back the memory that reading a weight has taken, since it was packed.
+    pub(crate) fn release(&self, name: &str) {
+        if let Some(Located { file, bytes, .. }) = self.located(name) {
+            file.release(bytes);
+        }
+    }
+
+    fn located(&self, name: &str) -> Option<&Located> {
+        let name = if name == "output" && self.config.tied_head {
+            "token_embd"
+        } else {
+            name
+        };
+        if name.ends_with(".bias") || name.ends_with(".weight") {
+            self.tensors.get(name)
+        } else {
+            self.tensors.get(&format!("{name}.weight"))
+        }
     }
 
     /// BLAKE3 in hexadecimal of what determines the model's results. Of a GGUF file it is the digest of its bytes; of a
@@ -140,14 +153,14 @@ impl ModelFile {
             let mut hasher = blake3::Hasher::new();
             match &self.container {
                 Container::Gguf(gguf) => {
-                    hasher.update(&gguf.file);
+                    hash_file(&mut hasher, &gguf.file);
                 }
                 Container::HuggingFace(directory) => {
                     for (name, file) in &directory.files {
                         hasher.update(&(name.len() as u64).to_le_bytes());
                         hasher.update(name.as_bytes());
                         hasher.update(&(file.len() as u64).to_le_bytes());
-                        hasher.update(file);
+                        hash_file(&mut hasher, file);
                     }
                 }
             }
@@ -214,6 +227,15 @@ impl ModelFile {
             path: path.to_owned(),
             detail,
         }
+    }
+}
+
+/// Piece by piece, so that the file is never in memory as a whole.
+fn hash_file(hasher: &mut blake3::Hasher, file: &MappedFile) {
+    for start in (0..file.len()).step_by(HASHED_BYTES) {
+        let piece = start..(start + HASHED_BYTES).min(file.len());
+        hasher.update(file.range(&piece));
+        file.release(&piece);
     }
 }
 

@@ -1,8 +1,8 @@
 //! A model in memory: its weights, packed for the kernels, and what else its files say.
 
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::{io, panic, thread};
 
 use types::{KvDtype, KvLayout, KvSpace};
 
@@ -107,9 +107,19 @@ impl Model {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Arc<Self>, LoadError> {
         let file = ModelFile::open(path)?;
-        let tokenizer = file.tokenizer()?;
-        let chat_template = file.chat_template(&tokenizer)?;
-        let weights = Packer::new(&file, precision, progress)?.weights()?;
+        // What does not need the weights is done while they are packed.
+        let (beside, weights) = thread::scope(|scope| {
+            let beside = scope.spawn(|| {
+                let tokenizer = file.tokenizer()?;
+                let chat_template = file.chat_template(&tokenizer)?;
+                file.digest();
+                Ok::<_, LoadError>((tokenizer, chat_template))
+            });
+            let weights = Packer::new(&file, precision, progress).and_then(Packer::weights);
+            (beside.join(), weights)
+        });
+        let (tokenizer, chat_template) = beside.unwrap_or_else(|panic| panic::resume_unwind(panic))?;
+        let weights = weights?;
         Ok(Arc::new(Self {
             config: file.config().clone(),
             precision,
@@ -250,6 +260,7 @@ impl<'a> Packer<'a> {
         let view = self.file.tensor("token_embd")?;
         let embedding = Embedding::new(&view);
         self.advance(view.bytes.len());
+        self.file.release("token_embd");
         let layers = (0..self.file.config().layers)
             .map(|layer| self.layer(layer))
             .collect::<Result<_, _>>()?;
@@ -297,6 +308,7 @@ impl<'a> Packer<'a> {
             source,
         };
         let matrix = Matrix::pack(&view, self.exact).map_err(memory)?;
+        self.file.release(name);
         self.advance(view.bytes.len());
         Ok(matrix)
     }

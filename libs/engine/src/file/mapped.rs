@@ -54,6 +54,26 @@ impl MappedFile {
         &self.map[range.clone()]
     }
 
+    /// Gives back the memory of pages that were read and will hardly be read again: they come back from the file if they are.
+    pub(super) fn release(&self, range: &Range<usize>) {
+        #[cfg(target_os = "linux")]
+        {
+            // Whole pages only, whatever their size: the rest of one may be in use.
+            const PAGE: usize = 64 << 10;
+            let (start, end) = (range.start.next_multiple_of(PAGE), range.end / PAGE * PAGE);
+            if start < end && end <= self.map.len() {
+                // SAFETY: the mapping is of a file and never written to, so that a page which is dropped is read from the file
+                // again, with the same bytes.
+                let _ = unsafe {
+                    self.map
+                        .unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start)
+                };
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = range;
+    }
+
     pub(super) fn malformed(&self, detail: impl Into<String>) -> LoadError {
         LoadError::Malformed {
             path: self.path.clone(),
