@@ -10,11 +10,11 @@ use std::sync::Arc;
 use engine::fixture::{TinyModel, write_tiny_gguf};
 use engine::monolith::Monolith;
 use engine::tensor::TensorFormat;
-use engine::{Model, Precision};
+use engine::{Model, Numerics, Precision};
 use futures::StreamExt;
 use tests::cases::{Case, Random, token};
 use tests::{Cluster, Generated, generate};
-use types::Token;
+use types::{KvDtype, Token};
 
 const VOCABULARY: u32 = 256;
 const DOCUMENT_TOKENS: u64 = 3000;
@@ -24,7 +24,7 @@ struct Shape {
     cases: usize,
     concurrency: usize,
     arguments: &'static [&'static str],
-    precision: Precision,
+    numerics: Numerics,
 }
 
 /// Prompts that share prefixes, some as long as the longest.
@@ -45,8 +45,8 @@ fn tiny(folder: &Path, format: TensorFormat) -> std::path::PathBuf {
 }
 
 /// What one engine says, case by case.
-fn expected(model: &Path, precision: Precision, cases: &[Case]) -> Vec<Vec<Token>> {
-    let model = Model::load(model, precision).expect("load");
+fn expected(model: &Path, numerics: Numerics, cases: &[Case]) -> Vec<Vec<Token>> {
+    let model = Model::load(model, numerics).expect("load");
     let mut monolith = Monolith::new(Arc::clone(&model), 32, 4096, NonZeroUsize::MIN).expect("engine");
     cases
         .iter()
@@ -78,7 +78,7 @@ async fn compare(shape: Shape, format: TensorFormat) {
         .collect();
     let folder = tempfile::tempdir().expect("folder");
     let model = tiny(folder.path(), format);
-    let expected = expected(&model, shape.precision, &cases);
+    let expected = expected(&model, shape.numerics, &cases);
     let cluster = Cluster::start(&model, shape.arguments);
     let served = served(&cluster, &cases, shape.concurrency).await;
     let mut cached = 0;
@@ -133,7 +133,7 @@ async fn many_nodes_in_turn_with_small_chunks_and_batches_of_16() {
         cases: 90,
         concurrency: 16,
         arguments,
-        precision: Precision::Fast,
+        numerics: Precision::Fast.into(),
     };
     compare(shape, TensorFormat::Q4_1).await;
 }
@@ -155,7 +155,7 @@ async fn one_pair_one_request_at_a_time() {
         cases: 40,
         concurrency: 1,
         arguments,
-        precision: Precision::Fast,
+        numerics: Precision::Fast.into(),
     };
     compare(shape, TensorFormat::Q8_0).await;
 }
@@ -179,7 +179,7 @@ async fn a_pool_too_small_for_the_batch_preempts() {
         cases: 60,
         concurrency: 12,
         arguments,
-        precision: Precision::Fast,
+        numerics: Precision::Fast.into(),
     };
     compare(shape, TensorFormat::F16).await;
 }
@@ -201,7 +201,34 @@ async fn exact_precision_with_the_default_policy() {
         cases: 40,
         concurrency: 4,
         arguments,
-        precision: Precision::Exact,
+        numerics: Precision::Exact.into(),
+    };
+    compare(shape, TensorFormat::Q4_1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kv_in_bytes_moves_between_nodes_and_gives_one_engines_tokens() {
+    let arguments = &[
+        "--prefill",
+        "2",
+        "--decode",
+        "2",
+        "--kv-memory",
+        "64MiB",
+        "--set",
+        "router.policy=round_robin",
+        "--set",
+        "model.kv_format=int8",
+    ];
+    let shape = Shape {
+        seed: 5,
+        cases: 40,
+        concurrency: 8,
+        arguments,
+        numerics: Numerics {
+            kv: KvDtype::Int8,
+            ..Precision::Fast.into()
+        },
     };
     compare(shape, TensorFormat::Q4_1).await;
 }

@@ -230,7 +230,7 @@ fn judge_spaces(nodes: &[Answered]) -> Vec<Finding> {
                     "{id} and {} serve {model} with blocks of different kinds",
                     spaces[0].1
                 ),
-                "give all nodes the same model file, model.precision and kv.block_tokens",
+                "give all nodes the same model file, model.precision, model.kv_format and kv.block_tokens",
             ),
         }
     });

@@ -219,11 +219,11 @@ async fn examine_model(settings: &Settings, members: &[NodeRecord]) -> anyhow::R
         return Ok(None);
     }
     let name = roles::model_name(&settings.model.name, Path::new(&path));
-    let (precision, block_tokens) = (settings.model.precision.into(), settings.kv.block_tokens);
+    let (numerics, block_tokens) = (settings.model.numerics(), settings.kv.block_tokens);
     let file = PathBuf::from(&path);
     let own = task::blocking("model-digest", move || -> Result<KvSpace, String> {
         let file = ModelFile::open(&file).map_err(|error| error.to_string())?;
-        Ok(engine::model::kv_space(&file, precision, block_tokens))
+        Ok(engine::model::kv_space(&file, numerics, block_tokens))
     });
     Ok(machine::judge_model(&path, &name, &own.await?, members))
 }

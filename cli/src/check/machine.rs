@@ -246,10 +246,17 @@ pub(super) fn judge_model(
             shown(&own.model_digest),
             shown(&theirs.model_digest)
         )
-    } else if own.arithmetic != theirs.arithmetic || own.layout.dtype != theirs.layout.dtype {
+    } else if own.arithmetic != theirs.arithmetic {
         format!(
             "{} serves {name} in {}, but model.precision here is {}",
             member.id, theirs.arithmetic, own.arithmetic
+        )
+    } else if own.layout.dtype != theirs.layout.dtype {
+        format!(
+            "{} keeps KV of {name} as {}, but model.kv_format here is {}",
+            member.id,
+            theirs.layout.dtype.name(),
+            own.layout.dtype.name()
         )
     } else if own.layout.block_tokens != theirs.layout.block_tokens {
         format!(

@@ -9,7 +9,7 @@
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use engine::{Model, Precision};
+use engine::{Model, Numerics};
 use kv_store::Store;
 use kv_store::store_node::StoreNode;
 use node::task::{self, OnEnd};
@@ -47,7 +47,7 @@ struct Shared {
 #[derive(Debug, Clone)]
 pub(super) struct ModelSource {
     pub(super) path: PathBuf,
-    pub(super) precision: Precision,
+    pub(super) numerics: Numerics,
 }
 
 struct State {
@@ -72,9 +72,9 @@ impl ModelSource {
     ///
     /// Those of [`Model::load`].
     pub(super) async fn load(&self) -> Result<Arc<Model>, Error> {
-        let Self { path, precision } = self.clone();
+        let Self { path, numerics } = self.clone();
         let started = std::time::Instant::now();
-        let model = task::blocking("model-load", move || Model::load(&path, precision)).await??;
+        let model = task::blocking("model-load", move || Model::load(&path, numerics)).await??;
         tracing::info!(
             model = %self.path.display(),
             weight_bytes = model.weight_bytes(),

@@ -20,7 +20,7 @@ use super::membership::Membership;
 pub(super) async fn pool(process: Process, listeners: Listeners) -> anyhow::Result<()> {
     let source = ModelSource {
         path: process.model.clone(),
-        precision: process.settings.model.precision.into(),
+        numerics: process.settings.model.numerics(),
     };
     let block_tokens = process.settings.kv.block_tokens;
     let role = process.identity.role;
@@ -144,10 +144,10 @@ fn admin(process: &Process, record: NodeRecord, drain: impl Drainable + LoadSour
 
 /// What a node must know of a model that it has not loaded: the space of its blocks, and its context in tokens.
 async fn facts(source: &ModelSource, block_tokens: usize) -> Result<(KvSpace, usize), Error> {
-    let ModelSource { path, precision } = source.clone();
+    let ModelSource { path, numerics } = source.clone();
     task::blocking("model-digest", move || {
         let file = ModelFile::open(&path)?;
-        let space = engine::model::kv_space(&file, precision, block_tokens);
+        let space = engine::model::kv_space(&file, numerics, block_tokens);
         Ok::<_, Error>((space, file.config().context_tokens_max))
     })
     .await?

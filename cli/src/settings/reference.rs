@@ -87,6 +87,11 @@ const DESCRIPTIONS: &[(&str, &[(&str, &str)])] = &[
                 "precision",
                 "`fast`: the file's quantised weights and f16 KV; `exact`: f32 throughout.",
             ),
+            (
+                "kv_format",
+                "What KV is rounded to: `f32`, `f16`, `bf16`, or `int8` with a scale for each head and token; `auto` goes by the precision. \
+                 The same on all nodes of a model.",
+            ),
             ("threads", "Threads of the engine; 0 takes one per core."),
         ],
     ),

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::num::NonZeroUsize;
 use std::path::Path;
 
-use engine::Precision;
+use engine::{Numerics, Precision};
 use kv_store::disk;
 use kv_store::disk::breaker::Limits;
 use kv_store::object;
@@ -14,7 +14,7 @@ use node::tls::TlsError;
 use node::{Connector, telemetry};
 use serde::{Deserialize, Serialize};
 use transfer::memory::HugePages;
-use types::{Error, NodeId};
+use types::{Error, KvDtype, NodeId};
 
 use super::tenants::TenantSettings;
 
@@ -161,6 +161,7 @@ pub(crate) struct ModelSettings {
     pub(crate) path: String,
     pub(crate) name: String,
     pub(crate) precision: PrecisionName,
+    pub(crate) kv_format: KvFormatName,
     pub(crate) threads: usize,
 }
 
@@ -170,12 +171,22 @@ impl Default for ModelSettings {
             path: String::new(),
             name: String::new(),
             precision: PrecisionName::Fast,
+            kv_format: KvFormatName::Auto,
             threads: 0,
         }
     }
 }
 
 impl ModelSettings {
+    /// How the engine computes, and in which form it keeps KV.
+    pub(crate) fn numerics(&self) -> Numerics {
+        let by_precision = Numerics::from(Precision::from(self.precision));
+        Numerics {
+            kv: self.kv_format.dtype().unwrap_or(by_precision.kv),
+            ..by_precision
+        }
+    }
+
     /// What the engine takes: `None` is one per core.
     pub(crate) fn engine_threads(&self) -> Option<NonZeroUsize> {
         NonZeroUsize::new(self.threads)
@@ -188,6 +199,29 @@ impl ModelSettings {
 pub(crate) enum PrecisionName {
     Exact,
     Fast,
+}
+
+/// What KV is rounded to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum KvFormatName {
+    Auto,
+    F32,
+    F16,
+    Bf16,
+    Int8,
+}
+
+impl KvFormatName {
+    fn dtype(self) -> Option<KvDtype> {
+        match self {
+            Self::Auto => None,
+            Self::F32 => Some(KvDtype::F32),
+            Self::F16 => Some(KvDtype::F16),
+            Self::Bf16 => Some(KvDtype::Bf16),
+            Self::Int8 => Some(KvDtype::Int8),
+        }
+    }
 }
 
 impl From<PrecisionName> for Precision {

@@ -26,7 +26,7 @@ pub use chat::{ChatError, ChatOptions, ChatTemplate};
 pub use compute::Isa;
 pub use detokenizer::{Detokenizer, StopMatcher, StopOutcome};
 pub use file::{LoadError, ModelFile};
-pub use model::{Model, Precision};
+pub use model::{Model, Numerics, Precision};
 pub use sampler::{SampleError, Sampled, sample};
 pub use step::{
     CALIBRATION_TOKENS, Calibration, Engine, Logits, LogitsWanted, SequenceStep, StepError, StepObserver,

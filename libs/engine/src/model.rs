@@ -34,10 +34,30 @@ impl Precision {
     }
 }
 
+/// How the engine computes, and in which form it keeps KV.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Numerics {
+    /// Arithmetic.
+    pub precision: Precision,
+    /// What K and V are rounded to in blocks.
+    pub kv: KvDtype,
+}
+
+impl From<Precision> for Numerics {
+    /// With the KV that loses nothing beside what the arithmetic loses.
+    fn from(precision: Precision) -> Self {
+        let kv = match precision {
+            Precision::Exact => KvDtype::F32,
+            Precision::Fast => KvDtype::F16,
+        };
+        Self { precision, kv }
+    }
+}
+
 /// An immutable model, shared by the engines of a process.
 pub struct Model {
     config: ModelConfig,
-    precision: Precision,
+    numerics: Numerics,
     digest: String,
     tokenizer: Tokenizer,
     chat_template: Option<ChatTemplate>,
@@ -96,17 +116,17 @@ impl Embedding {
 
 impl Model {
     /// Loads a `.gguf` file or a Hugging Face directory.
-    pub fn load(path: &Path, precision: Precision) -> Result<Arc<Self>, LoadError> {
-        Self::load_with(path, precision, &mut |_, _| {})
+    pub fn load(path: &Path, numerics: impl Into<Numerics>) -> Result<Arc<Self>, LoadError> {
+        Self::load_with(path, numerics, &mut |_, _| {})
     }
 
     /// Loads a model; `progress(done, total)` is called after each weight, in bytes of the file.
     pub fn load_with(
         path: &Path,
-        precision: Precision,
+        numerics: impl Into<Numerics>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Arc<Self>, LoadError> {
-        let file = ModelFile::open(path)?;
+        let (file, numerics) = (ModelFile::open(path)?, numerics.into());
         // What does not need the weights is done while they are packed.
         let (beside, weights) = thread::scope(|scope| {
             let beside = scope.spawn(|| {
@@ -115,14 +135,14 @@ impl Model {
                 file.digest();
                 Ok::<_, LoadError>((tokenizer, chat_template))
             });
-            let weights = Packer::new(&file, precision, progress).and_then(Packer::weights);
+            let weights = Packer::new(&file, numerics.precision, progress).and_then(Packer::weights);
             (beside.join(), weights)
         });
         let (tokenizer, chat_template) = beside.unwrap_or_else(|panic| panic::resume_unwind(panic))?;
         let weights = weights?;
         Ok(Arc::new(Self {
             config: file.config().clone(),
-            precision,
+            numerics,
             digest: file.digest().to_owned(),
             tokenizer,
             chat_template,
@@ -137,7 +157,12 @@ impl Model {
 
     /// How it computes.
     pub fn precision(&self) -> Precision {
-        self.precision
+        self.numerics.precision
+    }
+
+    /// How it computes, and keeps KV.
+    pub fn numerics(&self) -> Numerics {
+        self.numerics
     }
 
     /// Its tokenizer.
@@ -168,38 +193,35 @@ impl Model {
 
     /// The format of its KV.
     pub fn layout(&self, block_tokens: usize) -> KvLayout {
-        layout(&self.config, self.precision, block_tokens)
+        layout(&self.config, self.numerics, block_tokens)
     }
 
     /// The space of its blocks, for no adapter and no tenant.
     pub fn kv_space(&self, block_tokens: usize) -> KvSpace {
-        space(&self.config, &self.digest, self.precision, block_tokens)
+        space(&self.config, &self.digest, self.numerics, block_tokens)
     }
 }
 
 /// What [`Model::kv_space`] gives, without loading the weights: for nodes that hold blocks and do not compute.
-pub fn kv_space(file: &ModelFile, precision: Precision, block_tokens: usize) -> KvSpace {
-    space(file.config(), file.digest(), precision, block_tokens)
+pub fn kv_space(file: &ModelFile, numerics: impl Into<Numerics>, block_tokens: usize) -> KvSpace {
+    space(file.config(), file.digest(), numerics.into(), block_tokens)
 }
 
-fn layout(config: &ModelConfig, precision: Precision, block_tokens: usize) -> KvLayout {
+fn layout(config: &ModelConfig, numerics: Numerics, block_tokens: usize) -> KvLayout {
     KvLayout {
         layers: config.layers,
         kv_heads: config.kv_heads,
         head_dim: config.head_dim,
         block_tokens,
-        dtype: match precision {
-            Precision::Exact => KvDtype::F32,
-            Precision::Fast => KvDtype::F16,
-        },
+        dtype: numerics.kv,
     }
 }
 
-fn space(config: &ModelConfig, digest: &str, precision: Precision, block_tokens: usize) -> KvSpace {
+fn space(config: &ModelConfig, digest: &str, numerics: Numerics, block_tokens: usize) -> KvSpace {
     KvSpace {
         model_digest: digest.to_owned(),
-        arithmetic: precision.arithmetic().to_owned(),
-        layout: layout(config, precision, block_tokens),
+        arithmetic: numerics.precision.arithmetic().to_owned(),
+        layout: layout(config, numerics, block_tokens),
         adapter: None,
         tenant_salt: String::new(),
     }
@@ -209,7 +231,7 @@ impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Model")
             .field("name", &self.config.name)
-            .field("precision", &self.precision)
+            .field("numerics", &self.numerics)
             .finish_non_exhaustive()
     }
 }

@@ -1,5 +1,5 @@
 //! A row's logits and KV are the same bits whoever shares its batch, however its sequence was cut into steps, whatever came from
-//! the cache, and on any number of threads and any instruction set. In every weight format and both precisions.
+//! the cache, and on any number of threads and any instruction set. In every weight format, both precisions and every KV format.
 
 #![allow(unsafe_code)] // Tests compare the bytes of blocks.
 
@@ -9,12 +9,12 @@ use std::sync::Arc;
 use engine::fixture::{TinyModel, write_tiny_gguf};
 use engine::monolith::OwnMemory;
 use engine::tensor::TensorFormat;
-use engine::{Engine, Isa, LogitsWanted, Model, Precision, SequenceStep};
+use engine::{Engine, Isa, LogitsWanted, Model, Numerics, Precision, SequenceStep};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use types::{BlockId, KvLayout, Memory, Token};
+use types::{BlockId, KvDtype, KvLayout, Memory, Token};
 
-fn load(format: TensorFormat, precision: Precision) -> Arc<Model> {
+fn load(format: TensorFormat, numerics: impl Into<Numerics>) -> Arc<Model> {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("tiny.gguf");
     // Head sizes that are no multiple of a vector, and outputs that are no multiple of a tile.
@@ -38,10 +38,10 @@ fn load(format: TensorFormat, precision: Precision) -> Arc<Model> {
         shape
     };
     write_tiny_gguf(&path, &shape).expect("a model file");
-    Model::load(&path, precision).expect("the model loads")
+    Model::load(&path, numerics).expect("the model loads")
 }
 
-/// A pool full of bytes that are NaN as `f16` and `f32`.
+/// A pool full of bytes that are NaN as floats, and not 0 as bytes.
 fn pool(layout: &KvLayout, blocks: usize) -> Arc<OwnMemory> {
     let memory = OwnMemory::allocate(blocks * layout.block_bytes()).expect("memory");
     // SAFETY: the memory is new, and nobody else has it.
@@ -268,8 +268,9 @@ fn check(model: &Arc<Model>, case: &Case) {
     }
 }
 
-fn run(format: TensorFormat, precision: Precision, cases: u32) {
-    let model = load(format, precision);
+fn run(format: TensorFormat, numerics: impl Into<Numerics>, cases: u32) {
+    let numerics = numerics.into();
+    let model = load(format, numerics);
     let mut runner = TestRunner::new(Config {
         cases,
         ..Config::default()
@@ -279,7 +280,7 @@ fn run(format: TensorFormat, precision: Precision, cases: u32) {
         Ok(())
     });
     if let Err(error) = result {
-        panic!("{format:?}, {precision:?}: {error}");
+        panic!("{format:?}, {numerics:?}: {error}");
     }
 }
 
@@ -303,9 +304,12 @@ fn bits_do_not_depend_on_how_the_work_was_cut(
     run(format, Precision::Fast, 12);
 }
 
-#[test]
-fn exact_bits_do_not_depend_on_how_the_work_was_cut() {
-    run(TensorFormat::Q4_1, Precision::Exact, 12);
+#[rstest::rstest]
+fn bits_do_not_depend_on_how_the_work_was_cut_in_any_precision_and_kv_format(
+    #[values(Precision::Exact, Precision::Fast)] precision: Precision,
+    #[values(KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8)] kv: KvDtype,
+) {
+    run(TensorFormat::Q4_1, Numerics { precision, kv }, 66);
 }
 
 /// With few rows, attention over a long context is split among threads.

@@ -3,7 +3,8 @@
 //! A block is `[layer][K|V][kv_head][inner]`, contiguous and little-endian. The inner order is `K[head_dim][token]`,
 //! so that attention scores vectorise over tokens, and `V[token][head_dim]`, so that the weighted sum
 //! vectorises over the head. A layer is one contiguous slice; a run of kv heads is one slice of K and
-//! one of V in every layer.
+//! one of V in every layer. Of [`KvDtype::Int8`] a head's inner bytes are followed by one binary32 per token, in the order of the
+//! slots: what its codes of that token are multiplied with.
 //!
 //! Outside `types` and `engine` nothing may assume what the bytes mean: others use [`KvLayout::block_bytes`] and
 //! [`KvLayout::layer_range`] alone.
@@ -20,21 +21,40 @@ pub enum KvDtype {
     F16,
     /// IEEE binary32.
     F32,
+    /// bfloat16.
+    Bf16,
+    /// Signed bytes, with a scale for each head and token.
+    Int8,
 }
 
 impl KvDtype {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Int8];
+
     /// Size of one element.
     pub fn bytes(self) -> usize {
         match self {
-            Self::F16 => 2,
+            Self::F16 | Self::Bf16 => 2,
             Self::F32 => 4,
+            Self::Int8 => 1,
         }
     }
 
-    fn name(self) -> &'static str {
+    /// Bytes beside the elements, for each head and token of K, and as many of V.
+    pub fn scale_bytes(self) -> usize {
+        match self {
+            Self::F16 | Self::F32 | Self::Bf16 => 0,
+            Self::Int8 => size_of::<f32>(),
+        }
+    }
+
+    /// How it is called in settings, in the registry and in [`KvLayout::canonical`].
+    pub fn name(self) -> &'static str {
         match self {
             Self::F16 => "f16",
             Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
         }
     }
 }
@@ -90,15 +110,11 @@ impl KvLayout {
         if !self.block_tokens.is_power_of_two() || !(8..=1024).contains(&self.block_tokens) {
             return Err(LayoutError::BlockTokens(self.block_tokens));
         }
-        let bytes = [
-            self.kv_heads,
-            self.head_dim,
-            self.block_tokens,
-            self.dtype.bytes(),
-            2,
-        ]
-        .into_iter()
-        .try_fold(self.layers, usize::checked_mul);
+        let of_token = self.head_dim.checked_mul(self.dtype.bytes());
+        let of_token = of_token.and_then(|bytes| bytes.checked_add(self.dtype.scale_bytes()));
+        let of_head = of_token.and_then(|bytes| bytes.checked_mul(self.block_tokens));
+        let factors = [self.kv_heads, self.layers, 2];
+        let bytes = of_head.and_then(|bytes| factors.into_iter().try_fold(bytes, usize::checked_mul));
         match bytes {
             Some(bytes) if bytes <= BLOCK_BYTES_MAX => Ok(()),
             Some(_) | None => Err(LayoutError::TooLarge),
@@ -107,6 +123,11 @@ impl KvLayout {
 
     /// Bytes of K (or of V) of one head of one layer.
     pub fn head_bytes(&self) -> usize {
+        self.scales_offset() + self.block_tokens * self.dtype.scale_bytes()
+    }
+
+    /// Where the scales of a head's tokens begin, from K (or V) of the head on.
+    pub fn scales_offset(&self) -> usize {
         self.head_dim * self.block_tokens * self.dtype.bytes()
     }
 
@@ -173,21 +194,36 @@ mod tests {
 
     #[test]
     fn slices_tile_the_block_exactly() {
-        let mut end = 0;
-        for layer in 0..LAYOUT.layers {
-            assert_eq!(LAYOUT.layer_range(layer).start, end);
-            for head in 0..LAYOUT.kv_heads {
-                assert_eq!(LAYOUT.k_offset(layer, head), end);
-                end += LAYOUT.head_bytes();
+        for dtype in KvDtype::ALL {
+            let layout = KvLayout { dtype, ..LAYOUT };
+            layout.validate().expect("possible");
+            let mut end = 0;
+            for layer in 0..layout.layers {
+                assert_eq!(layout.layer_range(layer).start, end);
+                for head in 0..layout.kv_heads {
+                    assert_eq!(layout.k_offset(layer, head), end);
+                    end += layout.head_bytes();
+                }
+                for head in 0..layout.kv_heads {
+                    assert_eq!(layout.v_offset(layer, head), end);
+                    end += layout.head_bytes();
+                }
+                assert_eq!(layout.layer_range(layer).end, end);
             }
-            for head in 0..LAYOUT.kv_heads {
-                assert_eq!(LAYOUT.v_offset(layer, head), end);
-                end += LAYOUT.head_bytes();
-            }
-            assert_eq!(LAYOUT.layer_range(layer).end, end);
+            assert_eq!(layout.block_bytes(), end);
+            assert_eq!(layout.token_bytes() * layout.block_tokens, end);
         }
-        assert_eq!(LAYOUT.block_bytes(), end);
-        assert_eq!(LAYOUT.token_bytes() * LAYOUT.block_tokens, end);
+    }
+
+    #[test]
+    fn formats_differ_in_size_and_in_name() {
+        let of = |dtype| KvLayout { dtype, ..LAYOUT };
+        let bytes = KvDtype::ALL.map(|dtype| of(dtype).token_bytes());
+        // 3 layers, 2 heads, K and V: 12 times 64 elements, and a scale.
+        assert_eq!(bytes, [12 * 256, 12 * 128, 12 * 128, 12 * 68]);
+        let names: std::collections::BTreeSet<String> =
+            KvDtype::ALL.iter().map(|dtype| of(*dtype).canonical()).collect();
+        assert_eq!(names.len(), KvDtype::ALL.len());
     }
 
     #[test]

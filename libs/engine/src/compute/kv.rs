@@ -5,10 +5,14 @@
 //!
 //! The block table promises that no one else writes to the blocks of a step, nor reads the slots that it writes. Offsets are
 //! checked against the pool here, once per access to a head's slice.
+//!
+//! Rounding: binary16 and bfloat16 to the nearest, ties to even. Bytes per head and token: `scale = greatest / 127`,
+//! `code = round(value / scale)`, ties to even, `value = code * scale`.
 
 use std::slice;
 use std::sync::Arc;
 
+use half::bf16;
 use types::{BlockId, KvDtype, KvLayout, Memory, MemoryKind};
 
 use super::isa::Isa;
@@ -65,7 +69,7 @@ impl Pool {
     /// # Safety
     ///
     /// No one else may access the block's layer slice meanwhile.
-    pub(crate) unsafe fn write(&self, isa: Isa, at: TokenSlot, k: &[f32], v: &[f32], halves: &mut Vec<u16>) {
+    pub(crate) unsafe fn write(&self, isa: Isa, at: TokenSlot, k: &[f32], v: &[f32], scratch: &mut Rounded) {
         let layout = &self.layout;
         let (layer, block) = (at.layer, at.block);
         let offset = layout.layer_range(layer).start;
@@ -76,16 +80,56 @@ impl Pool {
         }
         match layout.dtype {
             KvDtype::F16 => {
-                halves.resize(k.len() + v.len(), 0);
-                let (k_halves, v_halves) = halves.split_at_mut(k.len());
+                let (k_halves, v_halves) = room(&mut scratch.halves, k, v);
                 to_f16(isa, k, k_halves);
                 to_f16(isa, v, v_halves);
                 // SAFETY: the caller's promise is ours.
                 unsafe { self.scatter::<u16>(at, k_halves, v_halves) };
             }
+            KvDtype::Bf16 => {
+                let (k_halves, v_halves) = room(&mut scratch.halves, k, v);
+                for (from, to) in [(k, &mut *k_halves), (v, &mut *v_halves)] {
+                    for (value, half) in from.iter().zip(to) {
+                        *half = bf16::from_f32(*value).to_bits();
+                    }
+                }
+                // SAFETY: the caller's promise is ours.
+                unsafe { self.scatter::<u16>(at, k_halves, v_halves) };
+            }
+            KvDtype::Int8 => {
+                let (k_codes, v_codes) = room(&mut scratch.codes, k, v);
+                let heads = |values: &[f32], codes: &mut [i8], base: fn(&KvLayout, usize, usize) -> usize| {
+                    let heads = values
+                        .chunks_exact(layout.head_dim)
+                        .zip(codes.chunks_exact_mut(layout.head_dim));
+                    for (head, (values, codes)) in heads.enumerate() {
+                        let scale = to_bytes(values, codes);
+                        // SAFETY: the caller's promise is ours.
+                        unsafe { self.write_scale(at, base(layout, layer, head), scale) };
+                    }
+                };
+                heads(k, k_codes, KvLayout::k_offset);
+                heads(v, v_codes, KvLayout::v_offset);
+                // SAFETY: the caller's promise is ours.
+                unsafe { self.scatter::<i8>(at, k_codes, v_codes) };
+            }
             // SAFETY: the caller's promise is ours.
             KvDtype::F32 => unsafe { self.scatter::<f32>(at, k, v) },
         }
+    }
+
+    /// Writes what a slot's codes of a head are multiplied with; `head` is where K or V of the head begins in the block.
+    ///
+    /// # Safety
+    ///
+    /// As [`Pool::write`].
+    unsafe fn write_scale(&self, at: TokenSlot, head: usize, scale: f32) {
+        assert!(at.slot < self.layout.block_tokens, "a slot of this layout");
+        let offset = head + self.layout.scales_offset() + at.slot * size_of::<f32>();
+        let place = self.at(at.block, offset, size_of::<f32>());
+        // SAFETY: four bytes of the pool, as just checked. A head has a multiple of eight codes before its scales, and whole words
+        // of scales, so that they are aligned.
+        unsafe { place.cast::<f32>().write(scale) };
     }
 
     /// # Safety
@@ -120,6 +164,31 @@ impl Pool {
     }
 }
 
+/// Room for a token's K and V as they are stored.
+#[derive(Default)]
+pub(crate) struct Rounded {
+    halves: Vec<u16>,
+    codes: Vec<i8>,
+}
+
+fn room<'a, T: Clone + Default>(buffer: &'a mut Vec<T>, k: &[f32], v: &[f32]) -> (&'a mut [T], &'a mut [T]) {
+    buffer.resize(k.len() + v.len(), T::default());
+    buffer.split_at_mut(k.len())
+}
+
+/// Rounds a head to bytes, and gives what they are to be multiplied with.
+fn to_bytes(values: &[f32], codes: &mut [i8]) -> f32 {
+    let greatest = values
+        .iter()
+        .fold(0.0_f32, |greatest, value| greatest.max(value.abs()));
+    let scale = greatest / 127.0;
+    for (value, code) in values.iter().zip(codes) {
+        // All are 0 where the scale is: 0 / 0 is no number, which is 0 as an integer.
+        *code = (value / scale).round_ties_even() as i8;
+    }
+    scale
+}
+
 /// The place of one token's KV in one layer.
 #[derive(Clone, Copy)]
 pub(crate) struct TokenSlot {
@@ -128,38 +197,100 @@ pub(crate) struct TokenSlot {
     pub(crate) slot: usize,
 }
 
-/// An element of KV.
-trait Element: Copy + Default + 'static {
-    fn load<L: Lanes>(from: &[Self; LANES]) -> L;
+/// An element of KV in its stored form.
+trait Element {
+    type Stored: Copy + Default + 'static;
+
+    /// Whether a head's tokens have scales.
+    const SCALED: bool;
+
+    fn load<L: Lanes>(from: &[Self::Stored; LANES]) -> L;
 }
 
-impl Element for u16 {
-    #[inline(always)]
-    fn load<L: Lanes>(from: &[Self; LANES]) -> L {
-        L::from_f16(from)
-    }
+macro_rules! elements {
+    ($($name:ident: $stored:ty, $scaled:literal, $load:ident;)*) => {
+        $(
+            struct $name;
+            impl Element for $name {
+                type Stored = $stored;
+                const SCALED: bool = $scaled;
+                #[inline(always)]
+                fn load<L: Lanes>(from: &[$stored; LANES]) -> L {
+                    L::$load(from)
+                }
+            }
+        )*
+    };
 }
 
-impl Element for f32 {
-    #[inline(always)]
-    fn load<L: Lanes>(from: &[Self; LANES]) -> L {
-        L::load(from)
-    }
+elements! {
+    Binary16: u16, false, from_f16;
+    Bfloat16: u16, false, from_bf16;
+    Binary32: f32, false, load;
+    Byte: i8, true, from_i8;
+}
+
+/// Evaluates `$body` with `$element` bound to the element of a format.
+macro_rules! with_element {
+    ($dtype:expr, $element:ident => $body:expr) => {
+        match $dtype {
+            KvDtype::F16 => {
+                type $element = Binary16;
+                $body
+            }
+            KvDtype::Bf16 => {
+                type $element = Bfloat16;
+                $body
+            }
+            KvDtype::F32 => {
+                type $element = Binary32;
+                $body
+            }
+            KvDtype::Int8 => {
+                type $element = Byte;
+                $body
+            }
+        }
+    };
 }
 
 impl HeadOf<'_> {
     /// K (or V) of the head in the sequence's block `index`.
     #[inline(always)]
-    fn slice<T: Element>(&self, index: usize, values: bool) -> &[T] {
+    fn slice<T: Element>(&self, index: usize, values: bool) -> &[T::Stored] {
         let layout = &self.pool.layout;
-        let offset = if values {
+        let base = self
+            .pool
+            .at(self.blocks[index], self.offset(values), layout.head_bytes());
+        // SAFETY: `head_bytes` bytes, aligned to the element; during attention no one writes to a block of the step.
+        unsafe { slice::from_raw_parts(base.cast::<T::Stored>(), layout.head_dim * layout.block_tokens) }
+    }
+
+    /// What the tokens' codes are multiplied with; nothing where they have no scales.
+    #[inline(always)]
+    fn scales<T: Element>(&self, index: usize, values: bool) -> &[f32] {
+        if !T::SCALED {
+            return &[];
+        }
+        let layout = &self.pool.layout;
+        let bytes = layout.block_tokens * size_of::<f32>();
+        let base = self.pool.at(
+            self.blocks[index],
+            self.offset(values) + layout.scales_offset(),
+            bytes,
+        );
+        // SAFETY: as above; scales are aligned, since a head has a multiple of eight codes before them.
+        unsafe { slice::from_raw_parts(base.cast::<f32>(), layout.block_tokens) }
+    }
+
+    #[inline(always)]
+    fn offset(&self, values: bool) -> usize {
+        let layout = &self.pool.layout;
+        if values {
             layout.v_offset(self.layer, self.kv_head)
         } else {
             layout.k_offset(self.layer, self.kv_head)
-        };
-        let base = self.pool.at(self.blocks[index], offset, layout.head_bytes());
-        // SAFETY: `head_bytes` bytes, aligned to the element; during attention no one writes to a block of the step.
-        unsafe { slice::from_raw_parts(base.cast::<T>(), layout.head_dim * layout.block_tokens) }
+        }
     }
 }
 
@@ -172,10 +303,7 @@ pub(crate) fn unpack_keys_lanes<L: Lanes>(
     count: usize,
     panel: &mut [[f32; PANEL]],
 ) {
-    match head.pool.layout.dtype {
-        KvDtype::F16 => unpack_key_elements::<L, u16>(head, position, count, panel),
-        KvDtype::F32 => unpack_key_elements::<L, f32>(head, position, count, panel),
-    }
+    with_element!(head.pool.layout.dtype, T => unpack_key_elements::<L, T>(head, position, count, panel));
 }
 
 #[inline(always)]
@@ -189,18 +317,30 @@ fn unpack_key_elements<L: Lanes, T: Element>(
     let run = tokens.min(PANEL);
     for start in (0..count).step_by(run) {
         let (block, slot) = ((position + start) / tokens, (position + start) % tokens);
-        let keys = head.slice::<T>(block, false);
+        let (keys, scales) = (head.slice::<T>(block, false), head.scales::<T>(block, false));
+        let scale = |first: usize, lanes: L| {
+            if T::SCALED {
+                let of = &scales[slot + first..];
+                lanes.mul(match of.first_chunk::<LANES>() {
+                    Some(of) => L::load(of),
+                    None => L::load_partial(of, 0.0),
+                })
+            } else {
+                lanes
+            }
+        };
         for (keys, out) in keys.chunks_exact(tokens).zip(panel.iter_mut()) {
             let keys = &keys[slot..][..run];
             let (chunks, rest) = keys.as_chunks::<LANES>();
             let (outs, _) = out[start..].as_chunks_mut::<LANES>();
-            for (keys, out) in chunks.iter().zip(outs) {
-                T::load::<L>(keys).store(out);
+            for (index, (keys, out)) in chunks.iter().zip(outs).enumerate() {
+                scale(index * LANES, T::load::<L>(keys)).store(out);
             }
             if !rest.is_empty() {
-                let mut lanes = [T::default(); LANES];
+                let mut lanes = [T::Stored::default(); LANES];
                 lanes[..rest.len()].copy_from_slice(rest);
-                T::load::<L>(&lanes).store_partial(&mut out[start..start + rest.len()]);
+                let first = run - rest.len();
+                scale(first, T::load::<L>(&lanes)).store_partial(&mut out[start..start + rest.len()]);
             }
         }
     }
@@ -215,10 +355,7 @@ pub(crate) fn unpack_values_lanes<L: Lanes>(
     count: usize,
     panel: &mut [f32],
 ) {
-    match head.pool.layout.dtype {
-        KvDtype::F16 => unpack_value_elements::<L, u16>(head, position, count, panel),
-        KvDtype::F32 => unpack_value_elements::<L, f32>(head, position, count, panel),
-    }
+    with_element!(head.pool.layout.dtype, T => unpack_value_elements::<L, T>(head, position, count, panel));
 }
 
 #[inline(always)]
@@ -233,15 +370,21 @@ fn unpack_value_elements<L: Lanes, T: Element>(
     for (token, out) in panel.chunks_exact_mut(stride).take(count).enumerate() {
         let (block, slot) = ((position + token) / tokens, (position + token) % tokens);
         let values = &head.slice::<T>(block, true)[slot * head_dim..][..head_dim];
+        let scale = if T::SCALED {
+            L::splat(head.scales::<T>(block, true)[slot])
+        } else {
+            L::splat(1.0)
+        };
+        let scaled = |lanes: L| if T::SCALED { lanes.mul(scale) } else { lanes };
         let (chunks, rest) = values.as_chunks::<LANES>();
         let (outs, _) = out.as_chunks_mut::<LANES>();
         for (values, out) in chunks.iter().zip(outs.iter_mut()) {
-            T::load::<L>(values).store(out);
+            scaled(T::load::<L>(values)).store(out);
         }
         if !rest.is_empty() {
-            let mut lanes = [T::default(); LANES];
+            let mut lanes = [T::Stored::default(); LANES];
             lanes[..rest.len()].copy_from_slice(rest);
-            T::load::<L>(&lanes).store(&mut outs[chunks.len()]);
+            scaled(T::load::<L>(&lanes)).store(&mut outs[chunks.len()]);
         }
     }
 }

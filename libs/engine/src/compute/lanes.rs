@@ -52,6 +52,8 @@ pub(crate) trait Lanes: Copy {
     fn from_f16(from: &[u16; LANES]) -> Self;
     /// Widens bfloat16, exactly.
     fn from_bf16(from: &[u16; LANES]) -> Self;
+    /// Widens bytes, exactly.
+    fn from_i8(from: &[i8; LANES]) -> Self;
     /// Rounds to binary16, ties to even.
     fn to_f16(self, to: &mut [u16; LANES]);
     fn add(self, other: Self) -> Self;

@@ -11,7 +11,7 @@ use super::product::{Operand, Product, ROWS_INLINE, grow};
 use super::{Engine, Logits, SequenceStep, StepError, StepObserver};
 use crate::compute::Isa;
 use crate::compute::attention;
-use crate::compute::kv::{Pool, TokenSlot};
+use crate::compute::kv::{Pool, Rounded, TokenSlot};
 use crate::compute::math::add_assign;
 use crate::compute::matrix::{Epilogue, Matrix};
 use crate::compute::rope::{RopeTable, rotate};
@@ -41,7 +41,7 @@ pub(super) struct Buffers {
 #[derive(Default)]
 pub(super) struct Worker {
     pub(super) attention: attention::Scratch,
-    halves: Vec<u16>,
+    rounded: Rounded,
 }
 
 impl Buffers {
@@ -266,7 +266,7 @@ impl Context<'_> {
         rotate(self.isa, k, head_dim, style, angles, 1.0);
         if let Some(slot) = slot {
             // SAFETY: the caller's promise is ours.
-            unsafe { self.pool.write(self.isa, slot, k, v, &mut worker.halves) };
+            unsafe { self.pool.write(self.isa, slot, k, v, &mut worker.rounded) };
         }
     }
 

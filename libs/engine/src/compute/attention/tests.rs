@@ -4,7 +4,7 @@ use types::{BlockId, KvDtype, KvLayout};
 
 use super::*;
 use crate::compute::isa::Isa;
-use crate::compute::kv::{Pool, TokenSlot};
+use crate::compute::kv::{Pool, Rounded, TokenSlot};
 use crate::monolith::OwnMemory;
 
 const KV_HEADS: usize = 2;
@@ -61,7 +61,7 @@ fn pool() -> (Pool, Vec<BlockId>) {
             (nan.clone(), nan.clone())
         };
         // SAFETY: this test alone uses the pool.
-        unsafe { pool.write(Isa::SCALAR, slot, &k, &v, &mut Vec::new()) };
+        unsafe { pool.write(Isa::SCALAR, slot, &k, &v, &mut Rounded::default()) };
     }
     (pool, blocks)
 }

@@ -55,7 +55,7 @@ fn filled(layout: KvLayout, isa: Isa) -> (Pool, Vec<BlockId>) {
                     slot,
                     &row(&layout, token, false),
                     &row(&layout, token, true),
-                    &mut Vec::new(),
+                    &mut Rounded::default(),
                 )
             };
         }
@@ -63,9 +63,33 @@ fn filled(layout: KvLayout, isa: Isa) -> (Pool, Vec<BlockId>) {
     (pool, blocks)
 }
 
+/// A head as it comes back.
+fn stored(dtype: KvDtype, head_dim: usize, token: usize, head: usize, value: bool) -> Vec<f32> {
+    let values: Vec<f32> = (0..head_dim)
+        .map(|dim| element(token, head, dim, value))
+        .collect();
+    match dtype {
+        KvDtype::F16 | KvDtype::F32 => values,
+        KvDtype::Bf16 => values
+            .iter()
+            .map(|value| bf16::from_f32(*value).to_f32())
+            .collect(),
+        KvDtype::Int8 => {
+            let greatest = values
+                .iter()
+                .fold(0.0_f32, |greatest, value| greatest.max(value.abs()));
+            let scale = greatest / 127.0;
+            values
+                .iter()
+                .map(|value| (value / scale).round_ties_even() * scale)
+                .collect()
+        }
+    }
+}
+
 #[rstest]
 fn panels_hold_what_was_written(
-    #[values(KvDtype::F16, KvDtype::F32)] dtype: KvDtype,
+    #[values(KvDtype::F16, KvDtype::F32, KvDtype::Bf16, KvDtype::Int8)] dtype: KvDtype,
     #[values(8, 16, 32, 128)] block_tokens: usize,
     #[values(16, 20, 64)] head_dim: usize,
 ) {
@@ -85,9 +109,11 @@ fn panels_hold_what_was_written(
             keys(isa, head, position, count, &mut k);
             values(isa, head, position, count, &mut v);
             for token in 0..count {
+                let rounded = |value| stored(dtype, head_dim, position + token, 2, value);
+                let (keys, values) = (rounded(false), rounded(true));
                 for dim in 0..head_dim {
-                    assert_eq!(k[dim][token], element(position + token, 2, dim, false));
-                    assert_eq!(v[token * stride + dim], element(position + token, 2, dim, true));
+                    assert_eq!(k[dim][token], keys[dim]);
+                    assert_eq!(v[token * stride + dim], values[dim]);
                 }
                 assert!(
                     v[token * stride + head_dim..(token + 1) * stride]
@@ -136,4 +162,20 @@ fn a_block_beyond_the_pool_is_refused() {
     let layout = layout(KvDtype::F32, 32, 16);
     let (pool, _) = filled(layout, Isa::detect());
     pool.at(BlockId(pool.blocks() as u32), 0, 1);
+}
+
+#[test]
+fn bytes_are_off_by_half_a_step_at_most_and_a_head_of_zeros_stays() {
+    let mut codes = [1; 5];
+    assert_eq!(to_bytes(&[0.0; 5], &mut codes), 0.0);
+    assert_eq!(codes, [0; 5]);
+    let values = [-3.0, 1.5, 0.01, 2.999, -0.4];
+    let scale = to_bytes(&values, &mut codes);
+    assert_eq!(codes[0], -127);
+    for (value, code) in values.iter().zip(codes) {
+        assert!(
+            (f32::from(code) * scale - value).abs() <= scale / 2.0 * 1.0001,
+            "{value}"
+        );
+    }
 }

@@ -66,6 +66,18 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn from_i8(from: &[i8; LANES]) -> Self {
+        intrinsics!({
+            let bytes = _mm_loadu_si128(from.as_ptr().cast());
+            let (low, high) = (
+                _mm256_cvtepi8_epi32(bytes),
+                _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes)),
+            );
+            Self(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        })
+    }
+
+    #[inline(always)]
     fn from_bf16(from: &[u16; LANES]) -> Self {
         let (low, high) = halves(from);
         intrinsics!({

@@ -57,6 +57,13 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn from_i8(from: &[i8; LANES]) -> Self {
+        Self(intrinsics!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+            _mm_loadu_si128(from.as_ptr().cast())
+        ))))
+    }
+
+    #[inline(always)]
     fn from_bf16(from: &[u16; LANES]) -> Self {
         Self(intrinsics!({
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));

@@ -54,6 +54,11 @@ impl Lanes for Scalar {
         Self(from.map(|bits| bf16::from_bits(bits).to_f32()))
     }
 
+    #[inline(always)]
+    fn from_i8(from: &[i8; LANES]) -> Self {
+        Self(from.map(f32::from))
+    }
+
     #[cfg_attr(target_arch = "x86_64", inline(never))]
     #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     fn to_f16(self, to: &mut [u16; LANES]) {

@@ -49,6 +49,7 @@ kernel! {
 struct Converted {
     from_f16: [u32; LANES],
     from_bf16: [u32; LANES],
+    from_i8: [u32; LANES],
     to_f16: [u16; LANES],
     words: [i32; LANES / 4],
 }
@@ -60,6 +61,8 @@ fn conversions_lanes<L: Lanes>(bits: &[u16; LANES], values: &[f32; LANES], out: 
     out.from_f16 = lanes.map(f32::to_bits);
     L::from_bf16(bits).store(&mut lanes);
     out.from_bf16 = lanes.map(f32::to_bits);
+    L::from_i8(&bits.map(|bits| bits as i8)).store(&mut lanes);
+    out.from_i8 = lanes.map(f32::to_bits);
     L::load(values).to_f16(&mut out.to_f16);
     let limited = L::splat(-127.0).max(L::splat(127.0).min(L::load(values).round()));
     out.words = limited.to_words();
