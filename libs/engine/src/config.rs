@@ -1,5 +1,7 @@
 //! What a model file says of its architecture.
 
+use crate::family::Family;
+
 /// How the two halves of a rotated pair lie in a head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeStyle {
@@ -70,10 +72,63 @@ pub struct RopeConfig {
     pub scaling: RopeScaling,
 }
 
-/// A Llama-family decoder.
+/// Some of a model's layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LayerSet {
+    /// None.
+    None,
+    /// All.
+    All,
+    /// From this one on.
+    From(usize),
+    /// Every so many: the last of each group of so many layers.
+    Every(usize),
+    /// All but those.
+    AllBut(usize),
+    /// Those that are true; layers beyond the list are not in the set.
+    Listed(Vec<bool>),
+}
+
+impl LayerSet {
+    /// Whether a layer is one of them.
+    pub fn contains(&self, layer: usize) -> bool {
+        match self {
+            Self::None => false,
+            Self::All => true,
+            Self::From(first) => layer >= *first,
+            Self::Every(period) => (layer + 1).is_multiple_of(*period),
+            Self::AllBut(period) => !(layer + 1).is_multiple_of(*period),
+            Self::Listed(layers) => layers.get(layer).copied().unwrap_or(false),
+        }
+    }
+}
+
+/// A window that some layers look through.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Window {
+    /// Positions that a query sees, its own among them.
+    pub tokens: usize,
+    /// The layers.
+    pub layers: LayerSet,
+}
+
+/// The experts of every feed-forward layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Experts {
+    /// How many there are.
+    pub count: usize,
+    /// How many a row uses.
+    pub used: usize,
+    /// Whether the weights of those are divided by their sum.
+    pub normalised: bool,
+}
+
+/// A decoder of one of the [`FAMILIES`](crate::family::FAMILIES).
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// `llama`, `mistral`, … as the file names it.
+    /// What the family has in common.
+    pub family: &'static Family,
+    /// The family's name: `llama`, `mistral`, …
     pub architecture: String,
     /// The model's own name, or the file's.
     pub name: String,
@@ -81,7 +136,7 @@ pub struct ModelConfig {
     pub layers: usize,
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Width of the feed-forward layer.
+    /// Width of the feed-forward layer, or of each expert.
     pub intermediate: usize,
     /// Query heads.
     pub heads: usize,
@@ -93,12 +148,38 @@ pub struct ModelConfig {
     pub vocabulary: usize,
     /// Epsilon of RMSNorm.
     pub norm_epsilon: f32,
+    /// Added to every norm weight as it is read.
+    pub norm_offset: f32,
+    /// Multiplies embeddings.
+    pub embedding_scale: Option<f32>,
+    /// Multiplies the products of queries and keys.
+    pub attention_scale: f32,
+    /// Scores `s` become `cap * tanh(s / cap)`.
+    pub attention_soft_cap: Option<f32>,
+    /// Logits likewise.
+    pub logit_soft_cap: Option<f32>,
+    /// Layers that see a window only.
+    pub window: Option<Window>,
     /// Position embedding.
     pub rope: RopeConfig,
+    /// That of layers with a window, if it is another one.
+    pub local_rope: Option<RopeConfig>,
+    /// Layers without position embedding.
+    pub unrotated: LayerSet,
+    /// Experts, if the feed-forward layers have any.
+    pub experts: Option<Experts>,
     /// Longest sequence, in tokens.
     pub context_tokens_max: usize,
     /// Whether the head shares the embedding's weights.
     pub tied_head: bool,
     /// Tokens that end the output.
     pub eos_tokens: Vec<u32>,
+}
+
+impl ModelConfig {
+    /// Positions that a query of this layer sees, its own among them; all if `None`.
+    pub fn window_of(&self, layer: usize) -> Option<usize> {
+        let window = self.window.as_ref()?;
+        window.layers.contains(layer).then_some(window.tokens)
+    }
 }

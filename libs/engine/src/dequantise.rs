@@ -28,6 +28,7 @@ pub fn dequantise_row(format: TensorFormat, bytes: &[u8], out: &mut [f32]) {
         TensorFormat::Bf16 => |block, out| {
             out[0] = bf16::from_le_bytes([block[0], block[1]]).to_f32();
         },
+        TensorFormat::F8E4M3 => |block, out| out[0] = f8_e4m3(block[0]),
         TensorFormat::Q8_0 => q8_0,
         TensorFormat::Q4_0 => q4_0,
         TensorFormat::Q4_1 => q4_1,
@@ -55,6 +56,28 @@ pub fn k_scale_and_min(scales: &[u8], index: usize) -> (u8, u8) {
     let scale = (low & 0x0f) | (scales[index - 4] >> 6) << 4;
     let min = (low >> 4) | (scales[index] >> 6) << 4;
     (scale, min)
+}
+
+/// A number of 8 bits, before its scale.
+pub(crate) fn f8_e4m3(byte: u8) -> f32 {
+    if is_f8_nan(byte) {
+        return f32::NAN;
+    }
+    f16::from_bits(f8_e4m3_as_f16(byte)).to_f32() * F8_E4M3_UNIT
+}
+
+/// Whether a number of 8 bits is none.
+pub(crate) fn is_f8_nan(byte: u8) -> bool {
+    byte & 0x7f == 0x7f
+}
+
+/// What [`f8_e4m3_as_f16`] is short of: the difference of the exponents' biases, 15 and 7.
+pub(crate) const F8_E4M3_UNIT: f32 = 256.0;
+
+/// The same bits in the places of binary16, whose value is 256 times less; subnormal numbers come out right as well.
+#[inline(always)]
+pub(crate) fn f8_e4m3_as_f16(byte: u8) -> u16 {
+    (u16::from(byte & 0x80) << 8) | (u16::from(byte & 0x7f) << 7)
 }
 
 fn half_at(bytes: &[u8], at: usize) -> f32 {

@@ -9,15 +9,20 @@
 //!
 //! Tensors have the same canonical names whatever the container: `token_embd`, `output_norm`, `output` (which is the
 //! embedding when the head is tied) and, per layer, `blk.{i}.` with `attn_norm`, `attn_q`, `attn_k`, `attn_v`,
-//! `attn_output`, `ffn_norm`, `ffn_gate`, `ffn_up`, `ffn_down`. `.weight` is implied; `.bias` is written out.
+//! `attn_q_norm`, `attn_k_norm`, `attn_output`, `post_attention_norm`, `ffn_norm`, `ffn_gate`, `ffn_up`, `ffn_down`,
+//! `post_ffw_norm`, as far as the family has them. With experts, `ffn_gate_inp` is the router, and expert `e` has `ffn_gate.{e}`
+//! and so on. `.weight` is implied; `.bias`, and `.scale` of an FP8 weight, are written out.
 
 mod error;
 mod gguf;
 mod gguf_model;
+mod gguf_rope;
 mod hugging_face;
+mod hugging_face_config;
 mod hugging_face_rope;
 mod limits;
 mod mapped;
+mod names;
 mod safetensors;
 mod shapes;
 
@@ -28,7 +33,8 @@ use std::{
 };
 
 pub use error::LoadError;
-pub(crate) use hugging_face::native_name;
+pub(crate) use names::Names;
+pub(crate) use shapes::SCALE_BLOCK;
 use types::Token;
 
 use self::{gguf::Gguf, hugging_face::Directory, mapped::MappedFile, shapes::Located};
@@ -65,12 +71,13 @@ impl ModelFile {
             let directory = Directory::open(path)?;
             let config = directory.config()?;
             let found = directory.tensors(&config)?;
-            let tensors = shapes::locate(path, &config, found, native_name)?;
+            let names = Names::new(config.family);
+            let tensors = shapes::locate(path, &config, found, |name| names.native(name))?;
             (config, tensors, Container::HuggingFace(Box::new(directory)))
         } else {
             let gguf = Gguf::parse(Arc::new(MappedFile::open(path)?))?;
             let config = gguf_model::config(&gguf)?;
-            let found = gguf_model::tensors(&gguf)?;
+            let found = gguf_model::tensors(&gguf, &config)?;
             let tensors = shapes::locate(path, &config, found, str::to_owned)?;
             (config, tensors, Container::Gguf(Box::new(gguf)))
         };
@@ -136,7 +143,8 @@ impl ModelFile {
         } else {
             name
         };
-        if name.ends_with(".bias") || name.ends_with(".weight") {
+        let whole = [".bias", ".scale", ".weight"];
+        if whole.iter().any(|kind| name.ends_with(kind)) {
             self.tensors.get(name)
         } else {
             self.tensors.get(&format!("{name}.weight"))

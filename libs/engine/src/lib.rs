@@ -12,6 +12,7 @@ pub mod compute;
 pub mod config;
 pub mod dequantise;
 pub mod detokenizer;
+pub mod family;
 pub mod file;
 pub mod fixture;
 pub mod model;

@@ -9,7 +9,7 @@ use types::{KvDtype, KvLayout, KvSpace};
 use crate::chat::ChatTemplate;
 use crate::compute::matrix::Matrix;
 use crate::config::ModelConfig;
-use crate::dequantise::dequantise_row;
+use crate::dequantise::{dequantise_row, is_f8_nan};
 use crate::file::{LoadError, ModelFile};
 use crate::tensor::{TensorFormat, TensorView};
 use crate::tokenizer::Tokenizer;
@@ -72,17 +72,49 @@ pub(crate) struct Weights {
     pub(crate) head: Matrix,
 }
 
-/// A transformer layer. Biases are optional.
+/// A transformer layer. It has the norms that its family says, and biases that its file has.
 pub(crate) struct Layer {
-    pub(crate) attention_norm: Vec<f32>,
+    pub(crate) attention_norm: Option<Vec<f32>>,
     pub(crate) query: Linear,
     pub(crate) key: Linear,
     pub(crate) value: Linear,
+    pub(crate) query_norm: Option<Vec<f32>>,
+    pub(crate) key_norm: Option<Vec<f32>>,
     pub(crate) attention_output: Linear,
-    pub(crate) feed_forward_norm: Vec<f32>,
+    pub(crate) post_attention_norm: Option<Vec<f32>>,
+    pub(crate) feed_forward_norm: Option<Vec<f32>>,
+    pub(crate) feed_forward: FeedForward,
+    pub(crate) post_feed_forward_norm: Option<Vec<f32>>,
+}
+
+/// What every row goes through, or some of which each row does.
+pub(crate) enum FeedForward {
+    Dense(Gated),
+    Experts { router: Matrix, experts: Vec<Gated> },
+}
+
+/// `down (activation(gate x) * up x)`.
+pub(crate) struct Gated {
     pub(crate) gate: Matrix,
     pub(crate) up: Matrix,
     pub(crate) down: Matrix,
+}
+
+impl Gated {
+    fn bytes(&self) -> usize {
+        self.gate.bytes() + self.up.bytes() + self.down.bytes()
+    }
+}
+
+impl FeedForward {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(gated) => gated.bytes(),
+            Self::Experts { router, experts } => {
+                router.bytes() + experts.iter().map(Gated::bytes).sum::<usize>()
+            }
+        }
+    }
 }
 
 /// A matrix and what is added to its products.
@@ -186,7 +218,7 @@ impl Model {
         let of_layer = |layer: &Layer| {
             let linear = [&layer.query, &layer.key, &layer.value, &layer.attention_output];
             let matrices = linear.map(|linear| linear.matrix.bytes()).iter().sum::<usize>();
-            matrices + layer.gate.bytes() + layer.up.bytes() + layer.down.bytes()
+            matrices + layer.feed_forward.bytes()
         };
         head.bytes() + layers.iter().map(of_layer).sum::<usize>()
     }
@@ -256,15 +288,7 @@ impl<'a> Packer<'a> {
             total_bytes += file.tensor(name)?.bytes.len() as u64;
         }
         for layer in 0..file.config().layers {
-            for name in [
-                "attn_q",
-                "attn_k",
-                "attn_v",
-                "attn_output",
-                "ffn_gate",
-                "ffn_up",
-                "ffn_down",
-            ] {
+            for name in matrix_names(file.config()) {
                 total_bytes += file.tensor(&format!("blk.{layer}.{name}"))?.bytes.len() as u64;
             }
         }
@@ -286,7 +310,7 @@ impl<'a> Packer<'a> {
         let layers = (0..self.file.config().layers)
             .map(|layer| self.layer(layer))
             .collect::<Result<_, _>>()?;
-        let output_norm = self.vector("output_norm")?;
+        let output_norm = self.norm(&self.file.tensor("output_norm")?);
         let head = self.matrix("output")?;
         Ok(Weights {
             embedding,
@@ -299,27 +323,60 @@ impl<'a> Packer<'a> {
     fn layer(&mut self, layer: usize) -> Result<Layer, LoadError> {
         let name = |tensor: &str| format!("blk.{layer}.{tensor}");
         Ok(Layer {
-            attention_norm: self.vector(&name("attn_norm"))?,
+            attention_norm: self.optional_norm(&name("attn_norm")),
             query: self.linear(&name("attn_q"))?,
             key: self.linear(&name("attn_k"))?,
             value: self.linear(&name("attn_v"))?,
+            query_norm: self.optional_norm(&name("attn_q_norm")),
+            key_norm: self.optional_norm(&name("attn_k_norm")),
             attention_output: self.linear(&name("attn_output"))?,
-            feed_forward_norm: self.vector(&name("ffn_norm"))?,
-            gate: self.matrix(&name("ffn_gate"))?,
-            up: self.matrix(&name("ffn_up"))?,
-            down: self.matrix(&name("ffn_down"))?,
+            post_attention_norm: self.optional_norm(&name("post_attention_norm")),
+            feed_forward_norm: self.optional_norm(&name("ffn_norm")),
+            feed_forward: self.feed_forward(layer)?,
+            post_feed_forward_norm: self.optional_norm(&name("post_ffw_norm")),
         })
     }
 
-    fn vector(&self, name: &str) -> Result<Vec<f32>, LoadError> {
-        Ok(dequantise(&self.file.tensor(name)?))
+    fn feed_forward(&mut self, layer: usize) -> Result<FeedForward, LoadError> {
+        let Some(experts) = self.file.config().experts else {
+            return Ok(FeedForward::Dense(self.gated(layer, "")?));
+        };
+        let router = self.matrix(&format!("blk.{layer}.ffn_gate_inp"))?;
+        let experts = (0..experts.count).map(|expert| self.gated(layer, &format!(".{expert}")));
+        Ok(FeedForward::Experts {
+            router,
+            experts: experts.collect::<Result<_, _>>()?,
+        })
+    }
+
+    fn gated(&mut self, layer: usize, suffix: &str) -> Result<Gated, LoadError> {
+        let mut matrix = |name: &str| self.matrix(&format!("blk.{layer}.{name}{suffix}"));
+        Ok(Gated {
+            gate: matrix("ffn_gate")?,
+            up: matrix("ffn_up")?,
+            down: matrix("ffn_down")?,
+        })
+    }
+
+    fn norm(&self, view: &TensorView<'_>) -> Vec<f32> {
+        let offset = self.file.config().norm_offset;
+        let mut weights = view.to_f32();
+        if offset != 0.0 {
+            weights.iter_mut().for_each(|weight| *weight += offset);
+        }
+        weights
+    }
+
+    /// `None` where the family has no such norm: that all it has are there was checked when the file was opened.
+    fn optional_norm(&self, name: &str) -> Option<Vec<f32>> {
+        self.file.optional_tensor(name).map(|view| self.norm(&view))
     }
 
     fn linear(&mut self, name: &str) -> Result<Linear, LoadError> {
         let bias = self.file.optional_tensor(&format!("{name}.bias"));
         Ok(Linear {
             matrix: self.matrix(name)?,
-            bias: bias.map(|view| dequantise(&view)),
+            bias: bias.map(|view| view.to_f32()),
         })
     }
 
@@ -329,10 +386,35 @@ impl<'a> Packer<'a> {
             path: self.file.path().to_owned(),
             source,
         };
-        let matrix = Matrix::pack(&view, self.exact).map_err(memory)?;
+        let matrix = match self.file.optional_tensor(&format!("{name}.scale")) {
+            Some(scales) => {
+                self.check_scaled(name, &view, &scales)?;
+                Matrix::pack_scaled(&view, &scales, self.exact)
+            }
+            None => Matrix::pack(&view, self.exact),
+        };
+        let matrix = matrix.map_err(memory)?;
         self.file.release(name);
         self.advance(view.bytes.len());
         Ok(matrix)
+    }
+
+    /// FP8 has no infinities, so that what does not fit becomes no number: such a weight is damaged, and so is such a scale.
+    fn check_scaled(
+        &self,
+        name: &str,
+        weights: &TensorView<'_>,
+        scales: &TensorView<'_>,
+    ) -> Result<(), LoadError> {
+        let numbers = !weights.bytes.iter().any(|byte| is_f8_nan(*byte))
+            && scales.to_f32().iter().all(|scale| scale.is_finite());
+        if numbers {
+            return Ok(());
+        }
+        Err(LoadError::Malformed {
+            path: self.file.path().to_owned(),
+            detail: format!("tensor {name} or its scales hold something that is no number"),
+        })
     }
 
     fn advance(&mut self, bytes: usize) {
@@ -341,14 +423,18 @@ impl<'a> Packer<'a> {
     }
 }
 
-fn dequantise(view: &TensorView<'_>) -> Vec<f32> {
-    let mut values = vec![0.0; view.rows * view.cols];
-    let row_bytes = view.format.row_bytes(view.cols);
-    for (out, row) in values
-        .chunks_exact_mut(view.cols)
-        .zip(view.bytes.chunks_exact(row_bytes))
-    {
-        dequantise_row(view.format, row, out);
+/// Matrices of a layer.
+fn matrix_names(config: &ModelConfig) -> Vec<String> {
+    let attention = ["attn_q", "attn_k", "attn_v", "attn_output"].map(str::to_owned);
+    let projections = ["ffn_gate", "ffn_up", "ffn_down"];
+    let mut names = attention.to_vec();
+    match config.experts {
+        None => names.extend(projections.map(str::to_owned)),
+        Some(experts) => {
+            names.push("ffn_gate_inp".to_owned());
+            let of_expert = |expert| projections.map(|projection| format!("{projection}.{expert}"));
+            names.extend((0..experts.count).flat_map(of_expert));
+        }
     }
-    values
+    names
 }

@@ -9,6 +9,7 @@
 
 mod attend;
 mod calibration;
+mod experts;
 mod forward;
 mod plan;
 mod product;
@@ -232,6 +233,7 @@ pub struct Engine {
     isa: Isa,
     threads: Threads,
     rope: RopeTable,
+    local_rope: Option<RopeTable>,
     buffers: Buffers,
 }
 
@@ -265,6 +267,7 @@ impl Engine {
         let pool = Pool::new(memory, layout).ok_or(StepError::Memory)?;
         let threads = Threads::start(threads).map_err(|error| StepError::Threads(error.to_string()))?;
         let rope = RopeTable::new(&model.config().rope);
+        let local_rope = model.config().local_rope.as_ref().map(RopeTable::new);
         let buffers = Buffers::new(threads.count());
         Ok(Self {
             model,
@@ -272,6 +275,7 @@ impl Engine {
             isa,
             threads,
             rope,
+            local_rope,
             buffers,
         })
     }
@@ -294,6 +298,9 @@ impl Engine {
     ) -> Result<Logits<'_>, StepError> {
         let plan = Plan::new(batch, self.model.config(), &self.pool)?;
         self.rope.grow(plan.positions());
+        if let Some(rope) = &mut self.local_rope {
+            rope.grow(plan.positions());
+        }
         self.forward(batch, &plan, observer)?;
         Ok(self
             .buffers

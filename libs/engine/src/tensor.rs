@@ -15,10 +15,13 @@ pub enum TensorFormat {
     Q4K,
     Q5K,
     Q6K,
+    /// 8 bits of floating point: sign, 4 of exponent, 3 of mantissa, no infinities. Only safetensors hold it, with scales in a
+    /// tensor of their own.
+    F8E4M3,
 }
 
 impl TensorFormat {
-    /// All formats, in the order of their definition.
+    /// All formats that GGUF has, in the order of their definition.
     pub const ALL: [Self; 11] = [
         Self::F32,
         Self::F16,
@@ -36,7 +39,7 @@ impl TensorFormat {
     /// Elements that share one block, and so the smallest width of a row.
     pub fn block_elements(self) -> usize {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 => 1,
+            Self::F32 | Self::F16 | Self::Bf16 | Self::F8E4M3 => 1,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => 32,
             Self::Q4K | Self::Q5K | Self::Q6K => 256,
         }
@@ -55,6 +58,7 @@ impl TensorFormat {
             Self::Q4K => 144,
             Self::Q5K => 176,
             Self::Q6K => 210,
+            Self::F8E4M3 => 1,
         }
     }
 
@@ -78,12 +82,14 @@ impl TensorFormat {
             Self::Q4K => "Q4_K",
             Self::Q5K => "Q5_K",
             Self::Q6K => "Q6_K",
+            Self::F8E4M3 => "F8_E4M3",
         }
     }
 
-    /// The number that stands for the format in a GGUF file (`enum ggml_type`).
-    pub fn ggml_type(self) -> u32 {
-        match self {
+    /// The number that stands for the format in a GGUF file (`enum ggml_type`), if there is one.
+    pub fn ggml_type(self) -> Option<u32> {
+        let number = match self {
+            Self::F8E4M3 => return None,
             Self::F32 => 0,
             Self::F16 => 1,
             Self::Q4_0 => 2,
@@ -95,12 +101,15 @@ impl TensorFormat {
             Self::Q5K => 13,
             Self::Q6K => 14,
             Self::Bf16 => 30,
-        }
+        };
+        Some(number)
     }
 
     /// Reads what [`TensorFormat::ggml_type`] gives; `None` for formats that the engine does not know.
     pub fn from_ggml_type(number: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|format| format.ggml_type() == number)
+        Self::ALL
+            .into_iter()
+            .find(|format| format.ggml_type() == Some(number))
     }
 }
 

@@ -6,7 +6,7 @@
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use engine::fixture::{TinyModel, write_tiny_gguf};
+use engine::fixture::{TinyModel, write_tiny_gguf, write_tiny_hf};
 use engine::monolith::OwnMemory;
 use engine::tensor::TensorFormat;
 use engine::{Engine, Isa, LogitsWanted, Model, Numerics, Precision, SequenceStep};
@@ -270,17 +270,24 @@ fn check(model: &Arc<Model>, case: &Case) {
 
 fn run(format: TensorFormat, numerics: impl Into<Numerics>, cases: u32) {
     let numerics = numerics.into();
-    let model = load(format, numerics);
+    run_model(
+        &load(format, numerics),
+        &format!("{format:?}, {numerics:?}"),
+        cases,
+    );
+}
+
+fn run_model(model: &Arc<Model>, what: &str, cases: u32) {
     let mut runner = TestRunner::new(Config {
         cases,
         ..Config::default()
     });
     let result = runner.run(&case(), |case| {
-        check(&model, &case);
+        check(model, &case);
         Ok(())
     });
     if let Err(error) = result {
-        panic!("{format:?}, {numerics:?}: {error}");
+        panic!("{what}: {error}");
     }
 }
 
@@ -310,6 +317,48 @@ fn bits_do_not_depend_on_how_the_work_was_cut_in_any_precision_and_kv_format(
     #[values(KvDtype::F32, KvDtype::F16, KvDtype::Bf16, KvDtype::Int8)] kv: KvDtype,
 ) {
     run(TensorFormat::Q4_1, Numerics { precision, kv }, 66);
+}
+
+/// Windows, soft caps, norms of queries and keys, layers that do not rotate, experts: nothing of it may see how the work was cut.
+#[rstest::rstest]
+fn bits_of_no_family_depend_on_how_the_work_was_cut(
+    #[values(
+        "mistral", "mixtral", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "smollm3", "olmo2"
+    )]
+    family: &'static str,
+) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let tiny = TinyModel {
+        vocabulary: 333,
+        ..TinyModel::of(family)
+    };
+    write_tiny_hf(directory.path(), &tiny, 1).expect("a model");
+    let model = Model::load(directory.path(), Precision::Fast).expect("the model loads");
+    run_model(&model, &format!("{family} from a directory"), 6);
+    // llama.cpp has no windows of Mistral and Qwen, so quantised weights are tested with the others'.
+    let path = directory.path().join("tiny.gguf");
+    let quantised = TinyModel {
+        format: TensorFormat::Q8_0,
+        ..tiny
+    };
+    if family != "mistral" {
+        write_tiny_gguf(&path, &quantised).expect("a model");
+        let model = Model::load(&path, Precision::Fast).expect("the model loads");
+        run_model(&model, &format!("{family} in Q8_0"), 6);
+    }
+}
+
+#[test]
+fn bits_of_fp8_weights_do_not_depend_on_how_the_work_was_cut() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let tiny = TinyModel {
+        vocabulary: 333,
+        format: TensorFormat::F8E4M3,
+        ..TinyModel::of("qwen3moe")
+    };
+    write_tiny_hf(directory.path(), &tiny, 1).expect("a model");
+    let model = Model::load(directory.path(), Precision::Fast).expect("the model loads");
+    run_model(&model, "FP8", 6);
 }
 
 /// With few rows, attention over a long context is split among threads.

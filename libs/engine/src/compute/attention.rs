@@ -5,12 +5,16 @@
 //! order. A tile walks over all segments; or each segment is an item of its own ([`attend_segment`]) and [`join`] walks over what
 //! they gave: the operations are the same.
 //!
-//! No position beyond a query's own influences it: scores there are dropped before the maximum, and V there is not read.
+//! No position beyond a query's own influences it, nor one before its window: scores there are dropped before the maximum, and V
+//! there is not read. Segments and panels that no query of a tile sees are passed over, so that a window bounds the cost; which ones
+//! a query's own result is made of depends on its window alone.
+
+use std::ops::Range;
 
 use super::isa::kernel;
 use super::kv::{HeadOf, PANEL, unpack_keys_lanes, unpack_values_lanes};
 use super::lanes::{LANES, Lanes};
-use super::math::{exp, exp_one};
+use super::math::{exp, exp_one, soft_cap};
 
 /// Positions over which a softmax is one pass. Fixes the order of operations: never change it within one arithmetic version.
 pub(crate) const SEGMENT: usize = 256;
@@ -38,6 +42,10 @@ pub(crate) struct Tile<'a> {
     pub(crate) rows: usize,
     /// Position of the first row.
     pub(crate) position: usize,
+    /// Positions that a query sees, its own among them; all if `None`.
+    pub(crate) window: Option<usize>,
+    /// See [`soft_cap`].
+    pub(crate) soft_cap: Option<f32>,
 }
 
 /// Rows of a tile for so many query heads per KV head.
@@ -45,20 +53,33 @@ pub(crate) fn tile_rows(heads_per_kv: usize) -> usize {
     (TILE_QUERIES / heads_per_kv).max(1)
 }
 
+/// Segments that queries at these positions attend to.
+pub(crate) fn segments(positions: Range<usize>, window: Option<usize>) -> Range<usize> {
+    let first = window.map_or(0, |window| (positions.start + 1).saturating_sub(window));
+    first / SEGMENT..positions.end.div_ceil(SEGMENT)
+}
+
 impl Tile<'_> {
     fn queries(&self) -> usize {
         self.rows * self.heads_per_kv
     }
 
-    /// Positions that query `query` attends to.
+    /// End of the positions that query `query` attends to.
     #[inline(always)]
     fn limit(&self, query: usize) -> usize {
         self.position + query / self.heads_per_kv + 1
     }
 
+    /// First position that query `query` attends to.
+    #[inline(always)]
+    fn first(&self, query: usize) -> usize {
+        self.window
+            .map_or(0, |window| self.limit(query).saturating_sub(window))
+    }
+
     /// Segments that any of its queries attends to.
-    pub(crate) fn segments(&self) -> usize {
-        (self.position + self.rows).div_ceil(SEGMENT)
+    fn segments(&self) -> Range<usize> {
+        segments(self.position..self.position + self.rows, self.window)
     }
 }
 
@@ -133,7 +154,7 @@ fn attend_lanes<L: Lanes>(tile: &Tile<'_>, scratch: &mut Scratch, out: &mut dyn 
     scratch.prepare(tile);
     let head_dim = tile.head.pool.layout().head_dim;
     let stride = head_dim.next_multiple_of(LANES);
-    for segment in 0..tile.segments() {
+    for segment in tile.segments() {
         segment_sums::<L>(tile, segment, scratch);
         let Scratch {
             segment: from,
@@ -141,12 +162,13 @@ fn attend_lanes<L: Lanes>(tile: &Tile<'_>, scratch: &mut Scratch, out: &mut dyn 
             ..
         } = scratch;
         for query in 0..tile.queries() {
-            if tile.limit(query) > segment * SEGMENT {
+            let first = tile.first(query) / SEGMENT;
+            if segment >= first && tile.limit(query) > segment * SEGMENT {
                 let (greatest, total) = (from.greatest[query], from.total[query]);
                 let values = &from.values[query * stride..][..stride];
                 let into = &mut joined.values[query * stride..][..stride];
                 let state = (&mut joined.greatest[query], &mut joined.total[query]);
-                join_partial::<L>(segment == 0, (greatest, total), values, state, into);
+                join_partial::<L>(segment == first, (greatest, total), values, state, into);
             }
         }
     }
@@ -256,9 +278,11 @@ fn finish<L: Lanes>(values: &[f32], total: f32, out: &mut [f32]) {
 fn segment_sums<L: Lanes>(tile: &Tile<'_>, segment: usize, scratch: &mut Scratch) {
     let start = segment * SEGMENT;
     let end = (start + SEGMENT).min(tile.position + tile.rows);
+    // The first query sees furthest back. Panels begin at multiples of their size, as segments do.
+    let begin = start.max(tile.first(0) / PANEL * PANEL);
     let groups = tile.queries().div_ceil(GROUP);
     let head_dim = scratch.keys.len();
-    for position in (start..end).step_by(PANEL) {
+    for position in (begin..end).step_by(PANEL) {
         let count = PANEL.min(end - position);
         unpack_keys_lanes::<L>(tile.head, position, count, &mut scratch.keys);
         let scores = scratch.scores.as_chunks_mut::<GROUP>().0.iter_mut();
@@ -268,12 +292,17 @@ fn segment_sums<L: Lanes>(tile: &Tile<'_>, segment: usize, scratch: &mut Scratch
     }
     for query in 0..tile.queries() {
         let count = tile.limit(query).saturating_sub(start).min(SEGMENT);
-        let (greatest, total) = soften::<L>(&mut scratch.scores[query], count);
+        let first = tile.first(query).saturating_sub(start).min(count);
+        let scores = &mut scratch.scores[query];
+        if let Some(cap) = tile.soft_cap {
+            cap_scores::<L>(scores, first..count, cap);
+        }
+        let (greatest, total) = soften::<L>(scores, first..count);
         scratch.segment.greatest[query] = greatest;
         scratch.segment.total[query] = total;
     }
     scratch.segment.values.fill(0.0);
-    for position in (start..end).step_by(PANEL) {
+    for position in (begin..end).step_by(PANEL) {
         let count = PANEL.min(end - position);
         unpack_values_lanes::<L>(tile.head, position, count, &mut scratch.values);
         for group in 0..groups {
@@ -318,10 +347,24 @@ fn panel_scores<L: Lanes>(
     }
 }
 
-/// Turns the first `count` scores into `exp(score - greatest)`; gives the greatest and the sum.
+/// Caps the vectors that hold these scores.
 #[inline(always)]
-fn soften<L: Lanes>(scores: &mut [f32; SEGMENT], count: usize) -> (f32, f32) {
+fn cap_scores<L: Lanes>(scores: &mut [f32; SEGMENT], kept: Range<usize>, cap: f32) {
     let (chunks, _) = scores.as_chunks_mut::<LANES>();
+    for chunk in &mut chunks[kept.start / LANES..kept.end.div_ceil(LANES)] {
+        soft_cap(L::load(chunk), cap).store(chunk);
+    }
+}
+
+/// Turns the scores `kept` into `exp(score - greatest)`, and those before them in their vector into 0; gives the greatest and the
+/// sum.
+#[inline(always)]
+fn soften<L: Lanes>(scores: &mut [f32; SEGMENT], kept: Range<usize>) -> (f32, f32) {
+    // The first vector that is looked at, and how much of it is before the window.
+    let skipped = kept.start / LANES * LANES;
+    scores[skipped..kept.start].fill(f32::NEG_INFINITY);
+    let count = kept.end - skipped;
+    let (chunks, _) = scores[skipped..].as_chunks_mut::<LANES>();
     let chunks = &mut chunks[..count.div_ceil(LANES)];
     let mut greatest = L::splat(f32::NEG_INFINITY);
     for (index, chunk) in chunks.iter().enumerate() {
@@ -354,38 +397,55 @@ fn weigh_panel<L: Lanes>(
         segment,
         ..
     } = scratch;
-    let panel_count = |query: usize| {
-        tile.limit(query.min(queries - 1))
-            .saturating_sub(position)
-            .min(PANEL)
+    let in_panel = |at: usize| at.saturating_sub(position).min(PANEL);
+    let seen = |query: usize| {
+        let query = query.min(queries - 1);
+        in_panel(tile.first(query))..in_panel(tile.limit(query))
     };
     let first = group * GROUP;
-    // Limits grow with the query, so the first query's holds for all.
-    let common = panel_count(first);
+    // Windows move on with the query: from where the last one's begins to where the first one's ends, all see all.
+    let begin = seen(first + GROUP - 1).start;
+    let common = begin..seen(first).end.max(begin);
     let mut weights = [&scores[first][column..column + PANEL]; GROUP];
     for i in 1..GROUP {
         weights[i] = &scores[first + i][column..column + PANEL];
     }
     let sums = &mut segment.values[first * stride..][..GROUP * stride];
+    for i in 0..GROUP {
+        let own = seen(first + i);
+        let own = own.start..own.end.min(common.start);
+        weigh_own::<L>(weights[i], values, stride, own, &mut sums[i * stride..][..stride]);
+    }
     let mut vector = 0;
     if L::TILE_ROWS == 8 {
         while stride - vector >= 4 * LANES {
-            weigh::<L, GROUP, 4>(weights, values, stride, vector, 0..common, sums);
+            weigh::<L, GROUP, 4>(weights, values, stride, vector, common.clone(), sums);
             vector += 4 * LANES;
         }
     }
     while vector < stride {
-        weigh::<L, GROUP, 1>(weights, values, stride, vector, 0..common, sums);
+        weigh::<L, GROUP, 1>(weights, values, stride, vector, common.clone(), sums);
         vector += LANES;
     }
     for i in 0..GROUP {
-        let own = panel_count(first + i);
-        let sums = &mut sums[i * stride..][..stride];
-        let mut vector = 0;
-        while common < own && vector < stride {
-            weigh::<L, 1, 1>([weights[i]], values, stride, vector, common..own, sums);
-            vector += LANES;
-        }
+        let own = common.end..seen(first + i).end;
+        weigh_own::<L>(weights[i], values, stride, own, &mut sums[i * stride..][..stride]);
+    }
+}
+
+/// What one query alone sees.
+#[inline(always)]
+fn weigh_own<L: Lanes>(
+    weights: &[f32],
+    values: &[f32],
+    stride: usize,
+    tokens: Range<usize>,
+    sums: &mut [f32],
+) {
+    let mut vector = 0;
+    while !tokens.is_empty() && vector < stride {
+        weigh::<L, 1, 1>([weights], values, stride, vector, tokens.clone(), sums);
+        vector += LANES;
     }
 }
 
@@ -396,7 +456,7 @@ fn weigh<L: Lanes, const N: usize, const V: usize>(
     values: &[f32],
     stride: usize,
     vector: usize,
-    tokens: std::ops::Range<usize>,
+    tokens: Range<usize>,
     sums: &mut [f32],
 ) {
     let mut lanes = [[L::splat(0.0); V]; N];

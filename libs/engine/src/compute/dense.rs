@@ -1,7 +1,7 @@
 //! Matrices of plain floating-point weights, and their product with `f32` activations.
 //!
 //! Packed for sixteen outputs at a time: `[tile][column][16]`. A lane's sum is one chain of fused multiply-adds over the
-//! columns in order.
+//! columns in order. FP8 weights have scales: their chain is over 128 columns, and the chains' sums are one of scaled multiply-adds.
 
 use std::io;
 use std::ops::Range;
@@ -9,12 +9,15 @@ use std::ops::Range;
 use super::lanes::{LANES, Lanes, floats, halves};
 use super::matrix::Target;
 use super::pages::Pages;
-use crate::dequantise::dequantise_row;
+use crate::dequantise::{F8_E4M3_UNIT, dequantise_row, f8_e4m3, f8_e4m3_as_f16};
+use crate::file::SCALE_BLOCK;
 use crate::tensor::{TensorFormat, TensorView};
 
 /// How a packed weight is stored.
 pub(crate) trait Element {
     const BYTES: usize;
+    /// Whether the matrix has scales.
+    const SCALED: bool = false;
     /// Column of a tile, widened exactly.
     fn load<L: Lanes>(column: &[u8]) -> L;
 }
@@ -22,6 +25,7 @@ pub(crate) trait Element {
 pub(crate) struct Single;
 pub(crate) struct Half;
 pub(crate) struct Brain;
+pub(crate) struct Byte;
 
 impl Element for Single {
     const BYTES: usize = 4;
@@ -47,11 +51,25 @@ impl Element for Brain {
     }
 }
 
+impl Element for Byte {
+    const BYTES: usize = 1;
+    const SCALED: bool = true;
+    #[inline(always)]
+    fn load<L: Lanes>(column: &[u8]) -> L {
+        let mut halves = [0; LANES];
+        for (half, byte) in halves.iter_mut().zip(column) {
+            *half = f8_e4m3_as_f16(*byte);
+        }
+        L::from_f16(&halves)
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Storage {
     Single,
     Half,
     Brain,
+    Byte,
 }
 
 /// A packed matrix `[rows, cols]`.
@@ -60,6 +78,17 @@ pub(crate) struct Dense {
     rows: usize,
     cols: usize,
     tiles: Pages,
+    /// Of [`Storage::Byte`], `[tile][column / 128]`: what the lanes' sums are multiplied by.
+    scales: Vec<[f32; LANES]>,
+}
+
+/// The scale of a row's block of columns; see [`Dense::pack_scaled`].
+fn scale_at(scales: &TensorView<'_>, values: &[f32], weight_rows: usize, row: usize, block: usize) -> f32 {
+    match (scales.rows, scales.cols) {
+        (1, 1) => values[0],
+        (rows, 1) if rows == weight_rows => values[row],
+        (_, blocks) => values[row / SCALE_BLOCK * blocks + block],
+    }
 }
 
 impl Dense {
@@ -94,6 +123,50 @@ impl Dense {
             rows: view.rows,
             cols: view.cols,
             tiles,
+            scales: Vec::new(),
+        })
+    }
+
+    /// Packs a matrix of FP8 numbers with their scales, which are `[1, 1]`, `[rows, 1]` or `[rows / 128, cols / 128]`, rounded up.
+    /// They keep their 8 bits if `compact`; else every weight becomes `f32`, rounded once.
+    pub(crate) fn pack_scaled(
+        view: &TensorView<'_>,
+        scales: &TensorView<'_>,
+        compact: bool,
+    ) -> io::Result<Self> {
+        let (rows, cols) = (view.rows, view.cols);
+        let values = scales.to_f32();
+        let blocks = cols.div_ceil(SCALE_BLOCK);
+        let storage = if compact { Storage::Byte } else { Storage::Single };
+        let bytes = if compact { 1 } else { 4 };
+        let tile_bytes = cols * LANES * bytes;
+        let mut tiles = Pages::zeroed(rows.div_ceil(LANES) * tile_bytes)?;
+        let mut of_lanes = vec![[0.0; LANES]; if compact { rows.div_ceil(LANES) * blocks } else { 0 }];
+        for (row, encoded) in view.bytes.chunks_exact(cols).enumerate() {
+            let (tile, lane) = (row / LANES, row % LANES);
+            let packed = &mut tiles.bytes_mut()[tile * tile_bytes..][..tile_bytes];
+            let places = packed[lane * bytes..].chunks_mut(LANES * bytes);
+            if compact {
+                for block in 0..blocks {
+                    let scale = scale_at(scales, &values, rows, row, block);
+                    of_lanes[tile * blocks + block][lane] = scale * F8_E4M3_UNIT;
+                }
+                for (place, byte) in places.zip(encoded) {
+                    place[0] = *byte;
+                }
+            } else {
+                for (column, (place, byte)) in places.zip(encoded).enumerate() {
+                    let scale = scale_at(scales, &values, rows, row, column / SCALE_BLOCK);
+                    place[..4].copy_from_slice(&(f8_e4m3(*byte) * scale).to_le_bytes());
+                }
+            }
+        }
+        Ok(Self {
+            storage,
+            rows,
+            cols,
+            tiles,
+            scales: of_lanes,
         })
     }
 
@@ -106,7 +179,7 @@ impl Dense {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.tiles.bytes().len()
+        self.tiles.bytes().len() + size_of_val(self.scales.as_slice())
     }
 }
 
@@ -123,6 +196,7 @@ pub(crate) fn multiply<L: Lanes>(
         Storage::Single => multiply_elements::<L, Single>(matrix, tiles, activations, rows, target),
         Storage::Half => multiply_elements::<L, Half>(matrix, tiles, activations, rows, target),
         Storage::Brain => multiply_elements::<L, Brain>(matrix, tiles, activations, rows, target),
+        Storage::Byte => multiply_elements::<L, Byte>(matrix, tiles, activations, rows, target),
     }
 }
 
@@ -185,7 +259,39 @@ fn block<L: Lanes, E: Element, const N: usize, const T: usize>(
         x[i] = &activations[(row + i) * cols..][..cols];
     }
     let mut sums = [[L::splat(0.0); T]; N];
-    for column in 0..cols {
+    if E::SCALED {
+        let blocks = cols.div_ceil(SCALE_BLOCK);
+        for block in 0..blocks {
+            let columns = block * SCALE_BLOCK..cols.min((block + 1) * SCALE_BLOCK);
+            let mut of_block = [[L::splat(0.0); T]; N];
+            add_columns::<L, E, N, T>(weights, x, columns, &mut of_block);
+            for t in 0..T {
+                let scale = L::load(&matrix.scales[(tile + t) * blocks + block]);
+                for i in 0..N {
+                    sums[i][t] = scale.mul_add(of_block[i][t], sums[i][t]);
+                }
+            }
+        }
+    } else {
+        add_columns::<L, E, N, T>(weights, x, 0..cols, &mut sums);
+    }
+    for i in 0..N {
+        for t in 0..T {
+            let first = (tile + t) * LANES;
+            target.put(row + i, first, LANES.min(matrix.rows - first), sums[i][t]);
+        }
+    }
+}
+
+/// Adds the products of some columns to the sums, column by column.
+#[inline(always)]
+fn add_columns<L: Lanes, E: Element, const N: usize, const T: usize>(
+    weights: [&[u8]; T],
+    x: [&[f32]; N],
+    columns: Range<usize>,
+    sums: &mut [[L; T]; N],
+) {
+    for column in columns {
         let mut of_tile = [L::splat(0.0); T];
         for t in 0..T {
             of_tile[t] = E::load(&weights[t][column * LANES * E::BYTES..][..LANES * E::BYTES]);
@@ -195,12 +301,6 @@ fn block<L: Lanes, E: Element, const N: usize, const T: usize>(
             for t in 0..T {
                 sums[i][t] = x.mul_add(of_tile[t], sums[i][t]);
             }
-        }
-    }
-    for i in 0..N {
-        for t in 0..T {
-            let first = (tile + t) * LANES;
-            target.put(row + i, first, LANES.min(matrix.rows - first), sums[i][t]);
         }
     }
 }

@@ -48,6 +48,93 @@ pub(crate) fn silu<L: Lanes>(x: L) -> L {
     x.div(denominator)
 }
 
+/// `0.5 x (1 + tanh(u))` with `u = sqrt(2 / pi) (x + 0.044715 x³)`, as `x / (1 + exp(-2 u))`.
+#[inline(always)]
+pub(crate) fn gelu_tanh<L: Lanes>(x: L) -> L {
+    const CUBIC: f32 = 0.044_715;
+    const TWICE_ROOT: f32 = 2.0 * 0.797_884_6;
+    let cube = x.mul(x).mul(x);
+    let minus_twice = cube.mul_add(L::splat(CUBIC), x).mul(L::splat(-TWICE_ROOT));
+    x.div(L::splat(1.0).add(exp(minus_twice)))
+}
+
+/// `cap * tanh(x / cap)`, with `tanh(y) = 1 - 2 / (exp(2 y) + 1)`.
+#[inline(always)]
+pub(crate) fn soft_cap<L: Lanes>(x: L, cap: f32) -> L {
+    let exponential = exp(x.mul(L::splat(2.0)).div(L::splat(cap)));
+    let rest = L::splat(2.0).div(exponential.add(L::splat(1.0)));
+    L::splat(1.0).sub(rest).mul(L::splat(cap))
+}
+
+kernel! {
+    /// [`soft_cap`] of every element.
+    pub(crate) fn soft_cap_row(row: &mut [f32], cap: f32) = soft_cap_row_lanes
+}
+
+#[inline(always)]
+fn soft_cap_row_lanes<L: Lanes>(row: &mut [f32], cap: f32) {
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        soft_cap(L::load(chunk), cap).store(chunk);
+    }
+    if !rest.is_empty() {
+        soft_cap(L::load_partial(rest, 0.0), cap).store_partial(rest);
+    }
+}
+
+kernel! {
+    /// `row[i] = exp(row[i] - greatest) / sum`.
+    pub(crate) fn softmax_row(row: &mut [f32]) = softmax_row_lanes
+}
+
+#[inline(always)]
+fn softmax_row_lanes<L: Lanes>(row: &mut [f32]) {
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    let mut greatest = L::load_partial(rest, f32::NEG_INFINITY);
+    for chunk in chunks.iter() {
+        greatest = greatest.max(L::load(chunk));
+    }
+    let greatest = L::splat(greatest.greatest());
+    let mut total = L::splat(0.0);
+    for chunk in chunks.iter_mut() {
+        let weights = exp(L::load(chunk).sub(greatest));
+        weights.store(chunk);
+        total = total.add(weights);
+    }
+    if !rest.is_empty() {
+        let weights = exp(L::load_partial(rest, f32::NEG_INFINITY).sub(greatest));
+        weights.store_partial(rest);
+        total = total.add(weights);
+    }
+    let total = L::splat(total.sum());
+    for chunk in chunks {
+        L::load(chunk).div(total).store(chunk);
+    }
+    if !rest.is_empty() {
+        L::load_partial(rest, 0.0).div(total).store_partial(rest);
+    }
+}
+
+kernel! {
+    /// `sum[i] = fma(weight, x[i], sum[i])`.
+    pub(crate) fn add_weighted(sum: &mut [f32], weight: f32, x: &[f32]) = add_weighted_lanes
+}
+
+#[inline(always)]
+fn add_weighted_lanes<L: Lanes>(sum: &mut [f32], weight: f32, x: &[f32]) {
+    assert_eq!(sum.len(), x.len(), "rows of one width");
+    let (chunks, rest) = sum.as_chunks_mut::<LANES>();
+    let (others, rest_others) = x.as_chunks::<LANES>();
+    let weights = L::splat(weight);
+    for (sum, x) in chunks.iter_mut().zip(others) {
+        weights.mul_add(L::load(x), L::load(sum)).store(sum);
+    }
+    if !rest.is_empty() {
+        let x = L::load_partial(rest_others, 0.0);
+        weights.mul_add(x, L::load_partial(rest, 0.0)).store_partial(rest);
+    }
+}
+
 kernel! {
     /// RMSNorm (arXiv 1910.07467): `out = x / sqrt(mean(x²) + epsilon) * weight`.
     pub(crate) fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) = rms_norm_lanes

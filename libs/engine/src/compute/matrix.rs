@@ -7,7 +7,7 @@ use super::activations::ActivationBlock;
 use super::dense::{self, Dense};
 use super::isa::kernel;
 use super::lanes::{BLOCK, LANES, Lanes};
-use super::math::silu;
+use super::math::{gelu_tanh, silu};
 use super::quantised::{self, Quantised};
 use super::shared::Shared;
 use crate::tensor::TensorView;
@@ -21,6 +21,8 @@ pub(crate) enum Epilogue {
     Add,
     /// `out = silu(out) * product`: the feed-forward gate.
     SiluGate,
+    /// `out = gelu(out) * product`, likewise.
+    GeluGate,
 }
 
 /// Where products go: `[rows][stride]` from column `first_column` on.
@@ -51,6 +53,7 @@ impl Target<'_> {
             Epilogue::Store => product,
             Epilogue::Add => old.add(product),
             Epilogue::SiluGate => silu(old).mul(product),
+            Epilogue::GeluGate => gelu_tanh(old).mul(product),
         }
     }
 }
@@ -92,6 +95,16 @@ impl Matrix {
             return Ok(Self::Quantised(quantised));
         }
         Ok(Self::Dense(Dense::pack(view, !exact)?))
+    }
+
+    /// Packs a matrix of FP8 numbers and the scales that go with them: one for all, one for each row, or one for each block of
+    /// 128 rows and columns.
+    pub(crate) fn pack_scaled(
+        view: &TensorView<'_>,
+        scales: &TensorView<'_>,
+        exact: bool,
+    ) -> io::Result<Self> {
+        Ok(Self::Dense(Dense::pack_scaled(view, scales, !exact)?))
     }
 
     /// Outputs.

@@ -97,7 +97,7 @@ macro_rules! with_record {
                 type $record = SixBitK;
                 $body
             }
-            TensorFormat::F32 | TensorFormat::F16 | TensorFormat::Bf16 => $other,
+            TensorFormat::F32 | TensorFormat::F16 | TensorFormat::Bf16 | TensorFormat::F8E4M3 => $other,
         }
     };
 }

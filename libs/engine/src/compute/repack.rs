@@ -107,7 +107,7 @@ pub(crate) fn unpack(format: TensorFormat, row: &[u8], block: usize) -> Option<W
             uniform(codes, half_at(bytes, 0) * scale, -(half_at(bytes, 2) * minimum))
         }
         TensorFormat::Q6K => six_bit_block(&row[block / 8 * 210..][..210], block % 8),
-        TensorFormat::F32 | TensorFormat::F16 | TensorFormat::Bf16 => return None,
+        TensorFormat::F32 | TensorFormat::F16 | TensorFormat::Bf16 | TensorFormat::F8E4M3 => return None,
     })
 }
 

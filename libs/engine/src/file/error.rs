@@ -81,7 +81,7 @@ pub enum LoadError {
         /// As the file names it.
         architecture: String,
         /// Those that would do.
-        supported: &'static str,
+        supported: String,
     },
     /// The model uses something that would change its results, and that the engine does not compute.
     #[error("{}: {feature} is not supported, and leaving it out would change the model's results", path.display())]

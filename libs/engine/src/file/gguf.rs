@@ -196,6 +196,13 @@ impl Gguf {
         }
     }
 
+    /// An array of truth values.
+    pub(super) fn bools(&self, key: &str) -> Result<Option<Vec<bool>>, LoadError> {
+        let array = self.array(key, &[ValueType::Bool], "an array of truth values")?;
+        let bytes = array.map(|array| self.file.range(&array.bytes));
+        Ok(bytes.map(|bytes| bytes.iter().map(|byte| *byte != 0).collect()))
+    }
+
     /// A number.
     pub(super) fn float(&self, key: &str) -> Result<Option<f64>, LoadError> {
         match self.get(key) {

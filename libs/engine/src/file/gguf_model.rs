@@ -1,49 +1,49 @@
-//! What a GGUF file says of a Llama-family model: configuration, tensors, tokenizer.
+//! What a GGUF file says of a model: configuration, tensors, tokenizer.
 //!
-//! Keys are those of ggml's `docs/gguf.md`; defaults are llama.cpp's, since it is what files are made for.
+//! Keys are those of ggml's `docs/gguf.md`; defaults are llama.cpp's, since it is what files are made for. Some of what
+//! `config.json` says is in no key, but in llama.cpp's code for the architecture: which layers have a window or do not rotate (our
+//! description of the family says it), and the scale of Gemma's scores.
 
 use std::{collections::HashMap, path::Path, sync::Arc};
 
 use super::{
     LoadError,
     gguf::{Gguf, Value},
+    gguf_rope::rope_scaling,
+    hugging_face_rope::LOCAL_THETA_DEFAULT,
     limits::{self, Dimensions},
     shapes::Found,
 };
 use crate::{
-    config::{ModelConfig, RopeConfig, RopeScaling, RopeStyle},
-    dequantise::dequantise_row,
+    config::{Experts, LayerSet, ModelConfig, RopeConfig, RopeScaling, Window},
+    family::{Family, Windows},
     tokenizer::{Pieces, Tokenizer},
 };
 
 /// What `rope.freq_base` is when it is not given.
 const ROPE_THETA_DEFAULT: f64 = 10_000.0;
-/// YaRN's defaults, from its paper and from ggml.
-const YARN_BETA_FAST_DEFAULT: f64 = 32.0;
-const YARN_BETA_SLOW_DEFAULT: f64 = 1.0;
+/// Layers of the Gemma models of 27 billion parameters, whose scores llama.cpp scales by the root of the hidden size per head.
+const GEMMA_27B_LAYERS: [(&str, usize); 2] = [("gemma2", 46), ("gemma3", 62)];
+/// `expert_gating_func` of a softmax.
+const GATING_SOFTMAX: u64 = 1;
 
 /// Keys that change the computation in a way we do not follow, with the value that leaves it as it is.
-const NEUTRAL: [(&str, f64); 10] = [
-    ("expert_count", 0.0),
-    ("expert_used_count", 0.0),
-    ("attention.sliding_window", 0.0),
+const NEUTRAL: [(&str, f64); 7] = [
     ("attention.clamp_kqv", 0.0),
     ("attention.max_alibi_bias", 0.0),
-    ("attn_logit_softcapping", 0.0),
-    ("final_logit_softcapping", 0.0),
     ("logit_scale", 1.0),
     ("residual_scale", 1.0),
     ("embedding_scale", 1.0),
+    ("expert_shared_feed_forward_length", 0.0),
+    ("expert_weights_scale", 1.0),
 ];
 
 /// Reads the configuration.
 pub(super) fn config(gguf: &Gguf) -> Result<ModelConfig, LoadError> {
     let path = gguf.file.path();
-    let keys = Keys {
-        gguf,
-        architecture: architecture(gguf)?,
-    };
-    keys.refuse_other_computations()?;
+    let (keys, family) = Keys::of(gguf)?;
+    keys.refuse_other_computations(family)?;
+    let experts = keys.experts(family)?;
     let heads = keys.size("attention.head_count")?;
     let hidden = keys.size("embedding_length")?;
     let vocabulary = match gguf.strings("tokenizer.ggml.tokens")? {
@@ -66,7 +66,7 @@ pub(super) fn config(gguf: &Gguf) -> Result<ModelConfig, LoadError> {
     let dimensions = Dimensions {
         layers: keys.size("block_count")?,
         hidden,
-        intermediate: keys.size("feed_forward_length")?,
+        intermediate: keys.intermediate(family)?,
         heads,
         kv_heads: keys.optional_size("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
@@ -75,12 +75,20 @@ pub(super) fn config(gguf: &Gguf) -> Result<ModelConfig, LoadError> {
         rope_dims: keys.optional_size("rope.dimension_count")?.unwrap_or(head_dim),
     };
     dimensions.check(path)?;
-    let rope = RopeConfig {
-        theta: keys.positive("rope.freq_base")?.unwrap_or(ROPE_THETA_DEFAULT) as f32,
+    let (scaling, context_tokens_max) = rope_scaling(&keys, family, &dimensions)?;
+    let with = |theta: f64, scaling| RopeConfig {
+        theta: theta as f32,
         dims: dimensions.rope_dims,
-        style: RopeStyle::Interleaved,
-        scaling: rope_scaling(&keys, &dimensions)?,
+        style: family.gguf_rope,
+        scaling,
     };
+    let rope = with(
+        keys.positive("rope.freq_base")?.unwrap_or(ROPE_THETA_DEFAULT),
+        scaling,
+    );
+    let local_theta = keys
+        .positive("rope.freq_base_swa")?
+        .unwrap_or(LOCAL_THETA_DEFAULT);
     let norm_epsilon = keys
         .positive("attention.layer_norm_rms_epsilon")?
         .ok_or_else(|| LoadError::MissingKey {
@@ -88,7 +96,8 @@ pub(super) fn config(gguf: &Gguf) -> Result<ModelConfig, LoadError> {
             key: keys.name("attention.layer_norm_rms_epsilon"),
         })?;
     Ok(ModelConfig {
-        architecture: keys.architecture.to_owned(),
+        family,
+        architecture: family.name.to_owned(),
         name: match gguf.string("general.name")? {
             Some(name) => name.to_owned(),
             None => file_stem(path),
@@ -101,15 +110,25 @@ pub(super) fn config(gguf: &Gguf) -> Result<ModelConfig, LoadError> {
         head_dim,
         vocabulary,
         norm_epsilon: norm_epsilon as f32,
+        // Converters write norm weights whole.
+        norm_offset: 0.0,
+        embedding_scale: family.scaled_embedding.then(|| (hidden as f32).sqrt()),
+        attention_scale: keys.attention_scale(&dimensions)?,
+        attention_soft_cap: keys.soft_cap("attn_logit_softcapping")?,
+        logit_soft_cap: keys.soft_cap("final_logit_softcapping")?,
+        window: keys.window(family, &dimensions)?,
         rope,
-        context_tokens_max: dimensions.context_tokens_max,
+        local_rope: family.local_rope.then(|| with(local_theta, RopeScaling::None)),
+        unrotated: family.unrotated_period.map_or(LayerSet::None, LayerSet::Every),
+        experts,
+        context_tokens_max,
         tied_head: !gguf.tensors.contains_key("output.weight"),
         eos_tokens: eos_tokens(gguf, vocabulary)?,
     })
 }
 
-/// The tensors by canonical name, which is the name in the file.
-pub(super) fn tensors(gguf: &Gguf) -> Result<HashMap<String, Found>, LoadError> {
+/// The tensors by canonical name, which is the name in the file but for Phi's `ffn_up`, which holds the gate as well.
+pub(super) fn tensors(gguf: &Gguf, config: &ModelConfig) -> Result<HashMap<String, Found>, LoadError> {
     let mut found = HashMap::with_capacity(gguf.tensors.len());
     for (name, info) in &gguf.tensors {
         let (format, bytes) = gguf.tensor_bytes(name, info)?;
@@ -125,8 +144,13 @@ pub(super) fn tensors(gguf: &Gguf) -> Result<HashMap<String, Found>, LoadError> 
             shape.push(1);
         }
         let start = info.start as usize;
+        let canonical = if config.family.fused {
+            name.replace(".ffn_up.", ".ffn_gate_up.")
+        } else {
+            name.clone()
+        };
         found.insert(
-            name.clone(),
+            canonical,
             Found {
                 native: name.clone(),
                 shape,
@@ -172,36 +196,119 @@ pub(super) fn tokenizer(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
     })
 }
 
-fn architecture(gguf: &Gguf) -> Result<&str, LoadError> {
-    let path = gguf.file.path();
-    let architecture = gguf
-        .string("general.architecture")?
-        .ok_or_else(|| LoadError::MissingKey {
-            path: path.to_owned(),
-            key: "general.architecture".into(),
-        })?;
-    if architecture != "llama" {
-        return Err(LoadError::UnsupportedArchitecture {
-            path: path.to_owned(),
-            architecture: architecture.to_owned(),
-            supported: "llama",
-        });
-    }
-    Ok(architecture)
-}
-
 /// Keys of the architecture, which carry its name in front.
-struct Keys<'a> {
-    gguf: &'a Gguf,
+pub(super) struct Keys<'a> {
+    pub(super) gguf: &'a Gguf,
     architecture: &'a str,
 }
 
-impl Keys<'_> {
-    fn name(&self, key: &str) -> String {
+impl<'a> Keys<'a> {
+    /// The keys of a file, and its family.
+    fn of(gguf: &'a Gguf) -> Result<(Self, &'static Family), LoadError> {
+        let path = gguf.file.path();
+        let architecture = gguf
+            .string("general.architecture")?
+            .ok_or_else(|| LoadError::MissingKey {
+                path: path.to_owned(),
+                key: "general.architecture".into(),
+            })?;
+        let keys = Self { gguf, architecture };
+        let experts = gguf
+            .unsigned(&keys.name("expert_count"))?
+            .is_some_and(|count| count > 0);
+        match Family::of_gguf(architecture, experts) {
+            Some(family) => Ok((keys, family)),
+            None => Err(LoadError::UnsupportedArchitecture {
+                path: path.to_owned(),
+                architecture: architecture.to_owned(),
+                supported: Family::gguf_list(),
+            }),
+        }
+    }
+
+    fn intermediate(&self, family: &Family) -> Result<usize, LoadError> {
+        let of_experts = match family.mixture {
+            Some(_) => self.optional_size("expert_feed_forward_length")?,
+            None => None,
+        };
+        match of_experts {
+            Some(width) => Ok(width),
+            None => self.size("feed_forward_length"),
+        }
+    }
+
+    fn experts(&self, family: &Family) -> Result<Option<Experts>, LoadError> {
+        if family.mixture.is_none() {
+            return Ok(None);
+        }
+        let gating = self.gguf.unsigned(&self.name("expert_gating_func"))?;
+        if let Some(gating) = gating.filter(|gating| *gating != GATING_SOFTMAX) {
+            return Err(self.unsupported(format!("{} = {gating}", self.name("expert_gating_func"))));
+        }
+        let experts = Experts {
+            count: self.size("expert_count")?,
+            used: self.size("expert_used_count")?,
+            // llama.cpp divides for all of our architectures, unless a file says otherwise.
+            normalised: self.gguf.bool(&self.name("expert_weights_norm"))?.unwrap_or(true),
+        };
+        limits::experts(self.gguf.file.path(), experts)?;
+        Ok(Some(experts))
+    }
+
+    fn attention_scale(&self, dimensions: &Dimensions) -> Result<f32, LoadError> {
+        if let Some(scale) = self.positive("attention.scale")? {
+            return Ok(scale as f32);
+        }
+        let shape = (self.architecture, dimensions.layers);
+        let of = if GEMMA_27B_LAYERS.contains(&shape) {
+            dimensions.hidden / dimensions.heads
+        } else {
+            dimensions.head_dim
+        };
+        Ok(1.0 / (of as f32).sqrt())
+    }
+
+    /// 0 is none.
+    fn soft_cap(&self, key: &str) -> Result<Option<f32>, LoadError> {
+        match self.gguf.float(&self.name(key))? {
+            Some(cap) if cap < 0.0 => Err(self.refused(key, cap, "at least 0")),
+            cap => Ok(cap.filter(|cap| *cap > 0.0).map(|cap| cap as f32)),
+        }
+    }
+
+    /// The window and its layers. A window that the context never fills is none.
+    fn window(&self, family: &Family, dimensions: &Dimensions) -> Result<Option<Window>, LoadError> {
+        const PATTERN: &str = "attention.sliding_window_pattern";
+        let key = "attention.sliding_window";
+        let tokens = match self.gguf.unsigned(&self.name(key))? {
+            Some(0) => return Ok(None),
+            Some(_) => self.optional_size(key)?,
+            None if family.gguf == Some("gemma2") => family.window_default,
+            None => None,
+        };
+        let layers = match (self.gguf.get(&self.name(PATTERN)), family.windows) {
+            // llama.cpp computes none for these, so that a key would be somebody's own idea.
+            (_, Windows::None | Windows::Late | Windows::Switched) => LayerSet::None,
+            (_, Windows::All) if family.gguf == Some("llama") => LayerSet::None,
+            (None, Windows::All) => LayerSet::All,
+            (None, Windows::AllBut { period }) => LayerSet::AllBut(period),
+            (Some(Value::Unsigned(_) | Value::Signed(_)), _) => LayerSet::AllBut(self.size(PATTERN)?),
+            (Some(_), _) => LayerSet::Listed(self.gguf.bools(&self.name(PATTERN))?.unwrap_or_default()),
+        };
+        match tokens {
+            Some(tokens) if layers == LayerSet::None => {
+                Err(self.unsupported(format!("{} = {tokens}", self.name(key))))
+            }
+            Some(tokens) if tokens < dimensions.context_tokens_max => Ok(Some(Window { tokens, layers })),
+            Some(_) | None => Ok(None),
+        }
+    }
+
+    pub(super) fn name(&self, key: &str) -> String {
         format!("{}.{key}", self.architecture)
     }
 
-    fn optional_size(&self, key: &str) -> Result<Option<usize>, LoadError> {
+    pub(super) fn optional_size(&self, key: &str) -> Result<Option<usize>, LoadError> {
         let Some(value) = self.gguf.unsigned(&self.name(key))? else {
             return Ok(None);
         };
@@ -211,21 +318,21 @@ impl Keys<'_> {
         }
     }
 
-    fn size(&self, key: &str) -> Result<usize, LoadError> {
+    pub(super) fn size(&self, key: &str) -> Result<usize, LoadError> {
         self.optional_size(key)?.ok_or_else(|| LoadError::MissingKey {
             path: self.gguf.file.path().to_owned(),
             key: self.name(key),
         })
     }
 
-    fn positive(&self, key: &str) -> Result<Option<f64>, LoadError> {
+    pub(super) fn positive(&self, key: &str) -> Result<Option<f64>, LoadError> {
         match self.gguf.float(&self.name(key))? {
             Some(value) if value <= 0.0 => Err(self.refused(key, value, "greater than 0")),
             other => Ok(other),
         }
     }
 
-    fn refused(&self, key: &str, value: impl ToString, expected: &str) -> LoadError {
+    pub(super) fn refused(&self, key: &str, value: impl ToString, expected: &str) -> LoadError {
         LoadError::BadValue {
             path: self.gguf.file.path().to_owned(),
             key: self.name(key),
@@ -234,8 +341,15 @@ impl Keys<'_> {
         }
     }
 
-    fn refuse_other_computations(&self) -> Result<(), LoadError> {
-        for (key, neutral) in NEUTRAL {
+    fn refuse_other_computations(&self, family: &Family) -> Result<(), LoadError> {
+        let ours = |admitted: bool, key: &'static str| (!admitted).then_some((key, 0.0));
+        let of_family = [
+            ours(family.capped_scores, "attn_logit_softcapping"),
+            ours(family.capped_logits, "final_logit_softcapping"),
+            ours(family.mixture.is_some(), "expert_count"),
+            ours(family.mixture.is_some(), "expert_used_count"),
+        ];
+        for (key, neutral) in NEUTRAL.into_iter().chain(of_family.into_iter().flatten()) {
             let name = self.name(key);
             let value = match self.gguf.get(&name) {
                 None => continue,
@@ -256,98 +370,12 @@ impl Keys<'_> {
         Ok(())
     }
 
-    fn unsupported(&self, feature: String) -> LoadError {
+    pub(super) fn unsupported(&self, feature: String) -> LoadError {
         LoadError::UnsupportedFeature {
             path: self.gguf.file.path().to_owned(),
             feature,
         }
     }
-}
-
-fn rope_scaling(keys: &Keys<'_>, dimensions: &Dimensions) -> Result<RopeScaling, LoadError> {
-    let kind = keys.gguf.string(&keys.name("rope.scaling.type"))?;
-    // Files from before 2024 have only this key.
-    let linear_legacy = keys.positive("rope.scale_linear")?;
-    let factor = keys.positive("rope.scaling.factor")?.or(linear_legacy);
-    let attention_factor = keys.positive("rope.scaling.attn_factor")?;
-    let scaling = match (kind, factor) {
-        (Some("none"), _) | (None | Some("linear"), None) => RopeScaling::None,
-        (None | Some("linear"), Some(1.0)) => RopeScaling::None,
-        (None | Some("linear"), Some(factor)) => RopeScaling::Linear {
-            factor: factor as f32,
-        },
-        (Some("yarn"), Some(factor)) => yarn(keys, factor, attention_factor)?,
-        (Some("yarn"), None) => {
-            return Err(LoadError::MissingKey {
-                path: keys.gguf.file.path().to_owned(),
-                key: keys.name("rope.scaling.factor"),
-            });
-        }
-        (Some(other), _) => return Err(keys.unsupported(format!("RoPE scaling of type {other:?}"))),
-    };
-    let Some(divisors) = rope_divisors(keys, dimensions)? else {
-        let applied = matches!(scaling, RopeScaling::Yarn { .. });
-        return match attention_factor {
-            Some(factor) if factor != 1.0 && !applied => {
-                Err(keys.unsupported(format!("rope.scaling.attn_factor = {factor} without YaRN")))
-            }
-            _ => Ok(scaling),
-        };
-    };
-    if scaling != RopeScaling::None {
-        return Err(keys.unsupported(format!("the tensor rope_freqs.weight together with {scaling:?}")));
-    }
-    let attention_factor = attention_factor.unwrap_or(1.0) as f32;
-    Ok(RopeScaling::Factors {
-        divisors,
-        attention_factor,
-    })
-}
-
-fn yarn(keys: &Keys<'_>, factor: f64, attention_factor: Option<f64>) -> Result<RopeScaling, LoadError> {
-    // ggml mixes by this; 1 is the paper's YaRN.
-    let mix = keys.gguf.float(&keys.name("rope.scaling.yarn_ext_factor"))?;
-    if mix.is_some_and(|mix| mix != 1.0 && mix != -1.0) {
-        return Err(keys.unsupported(format!("yarn_ext_factor = {mix:?}")));
-    }
-    let beta = |key: &str, default: f64| keys.positive(key).map(|beta| beta.unwrap_or(default) as f32);
-    let original = keys.optional_size("rope.scaling.original_context_length")?;
-    // ggml multiplies the paper's factor by the file's; ours is the product.
-    let attention_factor = attention_factor
-        .filter(|attention_factor| *attention_factor != 1.0)
-        .map(|attention_factor| (attention_factor * (1.0 + 0.1 * factor.ln())) as f32);
-    Ok(RopeScaling::Yarn {
-        factor: factor as f32,
-        original_context: match original {
-            Some(original) => original,
-            None => keys.size("context_length")?,
-        },
-        beta_fast: beta("rope.scaling.yarn_beta_fast", YARN_BETA_FAST_DEFAULT)?,
-        beta_slow: beta("rope.scaling.yarn_beta_slow", YARN_BETA_SLOW_DEFAULT)?,
-        attention_factor,
-    })
-}
-
-/// Llama 3.1's scaling, which converters write out as one divisor per pair.
-fn rope_divisors(keys: &Keys<'_>, dimensions: &Dimensions) -> Result<Option<Vec<f32>>, LoadError> {
-    const NAME: &str = "rope_freqs.weight";
-    let Some(info) = keys.gguf.tensors.get(NAME) else {
-        return Ok(None);
-    };
-    let (format, bytes) = keys.gguf.tensor_bytes(NAME, info)?;
-    let expected = vec![dimensions.rope_dims as u64 / 2];
-    if info.dimensions != expected {
-        return Err(LoadError::WrongShape {
-            path: keys.gguf.file.path().to_owned(),
-            tensor: NAME.into(),
-            found: info.dimensions.clone(),
-            expected,
-        });
-    }
-    let mut divisors = vec![0.0; dimensions.rope_dims / 2];
-    dequantise_row(format, bytes, &mut divisors);
-    limits::divisors(keys.gguf.file.path(), NAME, &divisors)?;
-    Ok(Some(divisors))
 }
 
 fn eos_tokens(gguf: &Gguf, vocabulary: usize) -> Result<Vec<u32>, LoadError> {

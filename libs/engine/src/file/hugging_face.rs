@@ -12,26 +12,12 @@ use std::{
 use serde_json::{Map, Value};
 
 use super::{
-    LoadError,
-    hugging_face_rope::rope,
-    limits::{self, Dimensions},
-    mapped::MappedFile,
-    safetensors,
-    shapes::Found,
+    LoadError, hugging_face_config, limits, mapped::MappedFile, names::Names, safetensors, shapes::Found,
 };
-use crate::config::ModelConfig;
+use crate::{config::ModelConfig, family::Biases};
 
 /// Mixture models of a trillion parameters have some hundred.
 const SHARDS_MAX: usize = 1024;
-/// `transformers`' default of `rms_norm_eps`.
-const NORM_EPSILON_DEFAULT: f64 = 1e-6;
-/// What `LlamaForCausalLM` and `MistralForCausalLM` can be told that would change the computation, with the values that do not.
-const NEUTRAL: [(&str, &[&str]); 3] = [
-    ("hidden_act", &["\"silu\"", "\"swish\""]),
-    ("quantization_config", &["null"]),
-    ("partial_rotary_factor", &["1", "1.0", "null"]),
-];
-
 /// The parsed JSON files and the mapped shards.
 #[derive(Debug)]
 pub(super) struct Directory {
@@ -92,63 +78,21 @@ impl Directory {
 
     /// Reads the configuration.
     pub(super) fn config(&self) -> Result<ModelConfig, LoadError> {
-        let config = &self.config;
-        let architecture = self.architecture()?;
-        for (key, neutral) in NEUTRAL {
-            if let Some(value) = config.map.get(key)
-                && !neutral.contains(&value.to_string().as_str())
-            {
-                return Err(config.unsupported(format!("{key} = {value}")));
-            }
-        }
-        let heads = config.size("num_attention_heads")?;
-        let hidden = config.size("hidden_size")?;
-        let head_dim = match config.optional_size("head_dim")? {
-            Some(head_dim) => head_dim,
-            None => limits::head_dim(&config.path, hidden, heads)?,
-        };
-        let dimensions = Dimensions {
-            layers: config.size("num_hidden_layers")?,
-            hidden,
-            intermediate: config.size("intermediate_size")?,
-            heads,
-            kv_heads: config.optional_size("num_key_value_heads")?.unwrap_or(heads),
-            head_dim,
-            vocabulary: config.size("vocab_size")?,
-            context_tokens_max: config.size("max_position_embeddings")?,
-            rope_dims: head_dim,
-        };
-        dimensions.check(&config.path)?;
-        self.refuse_sliding_windows(dimensions.context_tokens_max)?;
-        let (rope, context_tokens_max) = rope(config, &dimensions)?;
-        Ok(ModelConfig {
-            architecture: architecture.to_owned(),
-            name: self
-                .path
-                .file_name()
-                .map(|name| name.to_string_lossy().into_owned())
-                .unwrap_or_default(),
-            layers: dimensions.layers,
-            hidden,
-            intermediate: dimensions.intermediate,
-            heads,
-            kv_heads: dimensions.kv_heads,
-            head_dim,
-            vocabulary: dimensions.vocabulary,
-            norm_epsilon: config.positive("rms_norm_eps")?.unwrap_or(NORM_EPSILON_DEFAULT) as f32,
-            rope,
-            context_tokens_max,
-            tied_head: config.bool("tie_word_embeddings")?.unwrap_or(false),
-            eos_tokens: self.eos_tokens(dimensions.vocabulary)?,
-        })
+        let name = self
+            .path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        hugging_face_config::config(&self.config, name, |vocabulary| self.eos_tokens(vocabulary))
     }
 
     /// The tensors by canonical name. Those that are only a copy of something else are left out.
     pub(super) fn tensors(&self, model: &ModelConfig) -> Result<HashMap<String, Found>, LoadError> {
+        let names = Names::new(model.family);
         let mut found = HashMap::new();
         for shard in &self.shards {
             for (native, entry) in safetensors::parse(shard)? {
-                let canonical = canonical_name(&native);
+                let canonical = names.canonical(&native);
                 let copy = native.ends_with(".rotary_emb.inv_freq")
                     || (model.tied_head && canonical.as_deref() == Some("output.weight"));
                 if copy {
@@ -174,7 +118,7 @@ impl Directory {
                 }
             }
         }
-        self.check_biases(model, &found)?;
+        self.check_biases(model, &names, &found)?;
         Ok(found)
     }
 
@@ -221,86 +165,39 @@ impl Directory {
         Ok(source.map(|source| (config.path.as_path(), source)))
     }
 
-    fn architecture(&self) -> Result<&str, LoadError> {
-        let architecture = self
-            .config
-            .map
-            .get("architectures")
-            .and_then(|architectures| architectures.get(0))
-            .and_then(Value::as_str)
-            .ok_or_else(|| self.config.missing("architectures"))?;
-        match architecture {
-            "LlamaForCausalLM" => Ok("llama"),
-            "MistralForCausalLM" => Ok("mistral"),
-            _ => Err(LoadError::UnsupportedArchitecture {
-                path: self.config.path.clone(),
-                architecture: architecture.to_owned(),
-                supported: "LlamaForCausalLM and MistralForCausalLM",
-            }),
-        }
-    }
-
-    /// A window that the context never fills is none.
-    fn refuse_sliding_windows(&self, context_tokens_max: usize) -> Result<(), LoadError> {
-        let window = self.config.optional_size("sliding_window")?;
-        let used = self.config.bool("use_sliding_window")?.unwrap_or(true);
-        if let Some(window) = window.filter(|window| used && *window < context_tokens_max) {
-            return Err(self
-                .config
-                .unsupported(format!("a sliding window of {window} tokens")));
-        }
-        let other = self
-            .config
-            .map
-            .get("layer_types")
-            .and_then(Value::as_array)
-            .and_then(|layers| {
-                layers
-                    .iter()
-                    .find(|layer| layer.as_str() != Some("full_attention"))
-            });
-        match other {
-            Some(layer) => Err(self.config.unsupported(format!("a layer of type {layer}"))),
-            None => Ok(()),
-        }
-    }
-
     /// `transformers` ignores biases that the configuration does not ask for; a file that has them all the same is
     /// ambiguous.
-    fn check_biases(&self, model: &ModelConfig, found: &HashMap<String, Found>) -> Result<(), LoadError> {
-        let attention = self.config.bool("attention_bias")?.unwrap_or(false);
-        let feed_forward = self.config.bool("mlp_bias")?.unwrap_or(false);
-        let groups: [(bool, &str, &[&str]); 2] = [
-            (
-                attention,
-                "attention_bias",
-                &["attn_q", "attn_k", "attn_v", "attn_output"],
-            ),
-            (feed_forward, "mlp_bias", &["ffn_gate", "ffn_up", "ffn_down"]),
-        ];
+    fn check_biases(
+        &self,
+        model: &ModelConfig,
+        names: &Names,
+        found: &HashMap<String, Found>,
+    ) -> Result<(), LoadError> {
+        const KEY: &str = "attention_bias";
+        if model.family.biases != Biases::Configured || model.family.fused {
+            return Ok(());
+        }
+        let wanted = self.config.bool(KEY)?.unwrap_or(false);
         for layer in 0..model.layers {
-            for (wanted, key, names) in groups {
-                for name in names {
-                    let canonical = format!("blk.{layer}.{name}.bias");
-                    match (wanted, found.contains_key(&canonical)) {
-                        (true, true) | (false, false) => {}
-                        (true, false) => {
-                            let tensor = native_name(&canonical);
-                            return Err(LoadError::MissingTensor {
-                                path: self.path.clone(),
-                                tensor,
-                            });
-                        }
-                        (false, true) => {
-                            let tensor = native_name(&canonical);
-                            let feature = format!("the tensor {tensor} without {key}");
-                            return Err(self.config.unsupported(feature));
-                        }
+            for name in ["attn_q", "attn_k", "attn_v", "attn_output"] {
+                let canonical = format!("blk.{layer}.{name}.bias");
+                let tensor = || names.native(&canonical);
+                match (wanted, found.contains_key(&canonical)) {
+                    (true, true) | (false, false) => {}
+                    (true, false) => {
+                        return Err(LoadError::MissingTensor {
+                            path: self.path.clone(),
+                            tensor: tensor(),
+                        });
+                    }
+                    (false, true) => {
+                        let feature = format!("the tensor {} without {KEY}", tensor());
+                        return Err(self.config.unsupported(feature));
                     }
                 }
             }
             // A number of layers beyond what is there is reported by the first missing weight.
-            if !found.contains_key(&format!("blk.{layer}.attn_norm.weight")) {
+            if !found.contains_key(&format!("blk.{layer}.ffn_down.weight")) {
                 break;
             }
         }
@@ -350,6 +247,19 @@ impl Object {
                 map: map.clone(),
             })),
             Some(other) => Err(self.bad_value(key, other, "an object")),
+        }
+    }
+
+    /// As it is, `null` included.
+    pub(super) fn value(&self, key: &str) -> Option<&Value> {
+        self.map.get(key)
+    }
+
+    /// A size that may be 0.
+    pub(super) fn count(&self, key: &str) -> Result<Option<usize>, LoadError> {
+        match self.map.get(key).and_then(Value::as_u64) {
+            Some(0) => Ok(Some(0)),
+            Some(_) | None => self.optional_size(key),
         }
     }
 
@@ -424,6 +334,10 @@ impl Object {
     }
 
     fn bad_value(&self, key: &str, value: &Value, expected: &str) -> LoadError {
+        self.bad(key, value, expected)
+    }
+
+    pub(super) fn bad(&self, key: &str, value: impl ToString, expected: &str) -> LoadError {
         LoadError::BadValue {
             path: self.path.clone(),
             key: key.to_owned(),
@@ -431,55 +345,6 @@ impl Object {
             expected: expected.to_owned(),
         }
     }
-}
-
-/// The name in a Hugging Face file of a tensor that ends in `.weight` or `.bias`.
-pub(crate) fn native_name(canonical: &str) -> String {
-    let (stem, kind) = canonical.rsplit_once('.').unwrap_or((canonical, "weight"));
-    let stem = match stem {
-        "token_embd" => "model.embed_tokens".to_owned(),
-        "output_norm" => "model.norm".to_owned(),
-        "output" => "lm_head".to_owned(),
-        _ => match stem.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
-            Some((layer, part)) => {
-                let native = LAYER_NAMES
-                    .iter()
-                    .find(|(_, ours)| *ours == part)
-                    .map_or(part, |(native, _)| *native);
-                format!("model.layers.{layer}.{native}")
-            }
-            None => stem.to_owned(),
-        },
-    };
-    format!("{stem}.{kind}")
-}
-
-/// Parts of a layer: `transformers`' name and the canonical one.
-const LAYER_NAMES: [(&str, &str); 9] = [
-    ("input_layernorm", "attn_norm"),
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("post_attention_layernorm", "ffn_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-];
-
-fn canonical_name(native: &str) -> Option<String> {
-    let (stem, kind) = native.rsplit_once('.')?;
-    let stem = match stem {
-        "model.embed_tokens" => "token_embd".to_owned(),
-        "model.norm" => "output_norm".to_owned(),
-        "lm_head" => "output".to_owned(),
-        _ => {
-            let (layer, part) = stem.strip_prefix("model.layers.")?.split_once('.')?;
-            let (_, ours) = LAYER_NAMES.iter().find(|(native, _)| *native == part)?;
-            format!("blk.{}.{ours}", layer.parse::<u32>().ok()?)
-        }
-    };
-    Some(format!("{stem}.{kind}"))
 }
 
 fn optional(directory: &Path, name: &str) -> Result<Option<Arc<MappedFile>>, LoadError> {

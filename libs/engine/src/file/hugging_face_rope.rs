@@ -12,40 +12,107 @@ use super::{
     hugging_face::Object,
     limits::{self, Dimensions},
 };
-use crate::config::{RopeConfig, RopeScaling, RopeStyle};
+use crate::{
+    config::{RopeConfig, RopeScaling, RopeStyle},
+    family::Family,
+};
 
-/// `transformers`' default of `rope_theta`.
-const ROPE_THETA_DEFAULT: f64 = 10_000.0;
+/// Gemma 3's default of `rope_local_base_freq`, which GGUF files for llama.cpp leave out.
+pub(super) const LOCAL_THETA_DEFAULT: f64 = 10_000.0;
+
 /// YaRN's defaults.
 const YARN_BETA_FAST_DEFAULT: f64 = 32.0;
 const YARN_BETA_SLOW_DEFAULT: f64 = 1.0;
 
-/// The embedding, and the longest sequence it is good for.
-pub(super) fn rope(config: &Object, dimensions: &Dimensions) -> Result<(RopeConfig, usize), LoadError> {
-    // Version 5 of `transformers` moved everything into `rope_parameters`.
-    let parameters = match config.object("rope_parameters")? {
-        Some(parameters) => Some(parameters),
-        None => config.object("rope_scaling")?,
-    };
+/// What positions of layers without and with a window are told apart by, and the longest sequence it is good for.
+pub(super) struct Ropes {
+    pub(super) rope: RopeConfig,
+    pub(super) local_rope: Option<RopeConfig>,
+    pub(super) context_tokens_max: usize,
+}
+
+/// Reads the embeddings.
+pub(super) fn ropes(config: &Object, family: &Family, dimensions: &Dimensions) -> Result<Ropes, LoadError> {
+    let (parameters, local) = parameters(config)?;
     let theta = match &parameters {
         Some(parameters) => parameters.positive("rope_theta")?,
         None => None,
     };
     let theta = match theta {
         Some(theta) => theta,
-        None => config.positive("rope_theta")?.unwrap_or(ROPE_THETA_DEFAULT),
+        None => config
+            .positive("rope_theta")?
+            .unwrap_or(family.rope_theta_default),
     };
     let (scaling, context_tokens_max) = match &parameters {
         Some(parameters) => scaling(config, parameters, dimensions)?,
         None => (RopeScaling::None, dimensions.context_tokens_max),
     };
-    let rope = RopeConfig {
+    let with = |theta: f64, scaling| RopeConfig {
         theta: theta as f32,
         dims: dimensions.rope_dims,
         style: RopeStyle::HalfSplit,
         scaling,
     };
-    Ok((rope, context_tokens_max))
+    let local_rope = match (family.local_rope, local) {
+        (true, local) => Some(with(local_theta(config, local.as_ref())?, RopeScaling::None)),
+        (false, Some(local)) => {
+            return Err(local.unsupported("rope_parameters of layers with a window".into()));
+        }
+        (false, None) => None,
+    };
+    Ok(Ropes {
+        rope: with(theta, scaling),
+        local_rope,
+        context_tokens_max,
+    })
+}
+
+/// The parameters, and those of layers with a window where they are apart. Version 5 of `transformers` moved everything into
+/// `rope_parameters`, and there by the type of the layer for models with several.
+fn parameters(config: &Object) -> Result<(Option<Object>, Option<Object>), LoadError> {
+    let Some(parameters) = config.object("rope_parameters")? else {
+        return Ok((config.object("rope_scaling")?, None));
+    };
+    match parameters.object("full_attention")? {
+        Some(full) => Ok((Some(full), parameters.object("sliding_attention")?)),
+        None => Ok((Some(parameters), None)),
+    }
+}
+
+fn local_theta(config: &Object, local: Option<&Object>) -> Result<f64, LoadError> {
+    if let Some(local) = local {
+        if let Some(kind) = local.string("rope_type")?.filter(|kind| *kind != "default") {
+            return Err(local.unsupported(format!("RoPE scaling of type {kind:?} in layers with a window")));
+        }
+        if let Some(theta) = local.positive("rope_theta")? {
+            return Ok(theta);
+        }
+    }
+    Ok(config
+        .positive("rope_local_base_freq")?
+        .unwrap_or(LOCAL_THETA_DEFAULT))
+}
+
+/// How many elements of a head rotate.
+pub(super) fn rotated_dims(config: &Object, family: &Family, head_dim: usize) -> Result<usize, LoadError> {
+    const KEY: &str = "partial_rotary_factor";
+    let (parameters, _) = parameters(config)?;
+    let share = match parameters {
+        Some(parameters) => parameters.positive(KEY)?,
+        None => None,
+    };
+    let share = match share {
+        Some(share) => share,
+        None => config.positive(KEY)?.unwrap_or(1.0),
+    };
+    if share == 1.0 {
+        return Ok(head_dim);
+    }
+    if !family.partial_rotary {
+        return Err(config.unsupported(format!("{KEY} = {share}")));
+    }
+    Ok((head_dim as f64 * share) as usize)
 }
 
 fn scaling(
@@ -58,12 +125,6 @@ fn scaling(
         Some(kind) => kind,
         None => parameters.string("type")?.unwrap_or("default"),
     };
-    if let Some(share) = parameters
-        .positive("partial_rotary_factor")?
-        .filter(|share| *share != 1.0)
-    {
-        return Err(parameters.unsupported(format!("partial_rotary_factor = {share}")));
-    }
     let required = |key: &str| parameters.positive(key)?.ok_or_else(|| parameters.missing(key));
     let original = match parameters.optional_size("original_max_position_embeddings")? {
         Some(original) => Some(original),
@@ -106,7 +167,7 @@ fn scaling(
             )
         }
         "yarn" => (yarn(parameters, original, context)?, context),
-        "longrope" => longrope(parameters, original, dimensions)?,
+        "longrope" | "su" => longrope(parameters, original, dimensions)?,
         other => return Err(parameters.unsupported(format!("RoPE scaling of type {other:?}"))),
     })
 }

@@ -3,12 +3,16 @@
 use std::path::Path;
 
 use super::LoadError;
+use crate::config::Experts;
 
 /// Above every dimension of every known model (the largest vocabularies are near 2^18), and small enough that no
 /// product of three of them overflows 64 bits before the tensors' shapes are checked.
 pub(super) const SIZE_MAX: usize = 1 << 20;
 /// Positions of 2^24 are the last that `f32` tells apart.
 const CONTEXT_TOKENS_MAX: usize = 1 << 24;
+
+/// The largest models have some hundred; the bound keeps a hostile file from making us list millions.
+const EXPERTS_MAX: usize = 4096;
 
 /// The numbers that make up a decoder.
 #[derive(Debug)]
@@ -74,6 +78,26 @@ impl Dimensions {
         }
         Ok(())
     }
+}
+
+/// Whether the experts can be routed to.
+pub(super) fn experts(path: &Path, experts: Experts) -> Result<(), LoadError> {
+    let Experts { count, used, .. } = experts;
+    let limits = [
+        ("the number of experts", count, EXPERTS_MAX),
+        ("the number of experts that a row uses", used, count),
+    ];
+    for (key, value, limit) in limits {
+        if !(1..=limit).contains(&value) {
+            return Err(LoadError::BadValue {
+                path: path.to_owned(),
+                key: key.to_owned(),
+                value: value.to_string(),
+                expected: format!("between 1 and {limit}"),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// The head size of a file that does not give one.

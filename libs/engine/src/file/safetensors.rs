@@ -33,6 +33,7 @@ impl Entry {
             "F32" => Some(TensorFormat::F32),
             "F16" => Some(TensorFormat::F16),
             "BF16" => Some(TensorFormat::Bf16),
+            "F8_E4M3" => Some(TensorFormat::F8E4M3),
             _ => None,
         }
     }

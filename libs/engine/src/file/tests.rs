@@ -322,7 +322,7 @@ fn the_model_that_is_changed_below_is_whole() {
     U32("llama.attention.sliding_window", 4096),
     "llama.attention.sliding_window = 4096 is not supported"
 )]
-#[case(U32("llama.expert_count", 8), "llama.expert_count = 8")]
+#[case(U32("llama.expert_count", 8), "llama.expert_used_count is missing")]
 #[case(F32("llama.logit_scale", 0.5), "llama.logit_scale = 0.5")]
 #[case(F32("llama.final_logit_softcapping", 30.0), "softcapping = 30")]
 #[case(Bool("llama.attention.causal", false), "not causal")]
@@ -406,7 +406,7 @@ fn an_unknown_encoding_is_named() {
         open_only(&bytes),
         "tensor blk.0.ffn_gate.weight is encoded as ggml type 39",
     );
-    bytes[type_at..type_at + 4].copy_from_slice(&TensorFormat::Q4K.ggml_type().to_le_bytes());
+    bytes[type_at..type_at + 4].copy_from_slice(&TensorFormat::Q4K.ggml_type().unwrap().to_le_bytes());
     refused(open_only(&bytes), "not whole Q4_K blocks of 256");
 }
 

@@ -42,7 +42,7 @@ impl Context<'_> {
         threads: &mut Threads,
         buffers: &mut Buffers,
     ) -> Result<(), JobPanicked> {
-        let split = self.cut(tiles, threads.count(), buffers);
+        let split = self.cut(layer, tiles, threads.count(), buffers);
         let Buffers {
             input,
             qkv,
@@ -103,6 +103,8 @@ impl Context<'_> {
             heads_per_kv,
             rows: run.rows,
             position: run.position,
+            window: self.config.window_of(layer),
+            soft_cap: self.config.attention_soft_cap,
         }
     }
 
@@ -113,15 +115,16 @@ impl Context<'_> {
 
     /// Lists the items; whether any row is split into segments. With few rows there are fewer heads than it takes to keep
     /// all threads busy, and contexts differ.
-    fn cut(&self, tiles: &[Run], threads: usize, buffers: &mut Buffers) -> bool {
+    fn cut(&self, layer: usize, tiles: &[Run], threads: usize, buffers: &mut Buffers) -> bool {
         let kv_heads = self.config.kv_heads;
+        let window = self.config.window_of(layer);
         let few = threads > 1 && tiles.len() * kv_heads < ITEMS_PER_THREAD * threads;
         let mut at = 0;
         buffers.attention.clear();
         for (tile, run) in tiles.iter().enumerate() {
-            let segments = (run.position + run.rows).div_ceil(attention::SEGMENT);
+            let segments = attention::segments(run.position..run.position + run.rows, window);
             for kv_head in 0..kv_heads {
-                if !few || run.rows > 1 || segments == 1 {
+                if !few || run.rows > 1 || segments.len() == 1 {
                     buffers.attention.push(Item {
                         tile,
                         kv_head,
@@ -129,7 +132,7 @@ impl Context<'_> {
                     });
                     continue;
                 }
-                for segment in 0..segments {
+                for segment in segments.clone() {
                     buffers.attention.push(Item {
                         tile,
                         kv_head,

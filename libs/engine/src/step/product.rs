@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::forward::Context;
 use crate::compute::activations::{ActivationBlock, quantise_row};
 use crate::compute::lanes::BLOCK;
-use crate::compute::math::rms_norm;
+use crate::compute::math::{add_assign, rms_norm};
 use crate::compute::matrix::{Activations, Epilogue, Matrix, Planes, Target, multiply};
 use crate::compute::shared::Shared;
 use crate::threads::{JobPanicked, Threads};
@@ -37,6 +37,12 @@ pub(super) struct Product<'a> {
     pub(super) first_column: usize,
 }
 
+/// Rows of an operand that are multiplied with matrices of their own.
+pub(super) struct Group<'a> {
+    pub(super) rows: Range<usize>,
+    pub(super) matrices: Vec<(&'a Matrix, Epilogue)>,
+}
+
 impl Operand {
     pub(super) fn new() -> Self {
         Self {
@@ -56,6 +62,33 @@ impl Operand {
     }
 }
 
+impl Operand {
+    /// Fills the rows with copies of `rows` of another operand, in both forms that it may have.
+    pub(super) fn copy_rows(
+        &mut self,
+        rows: &[usize],
+        width: usize,
+        from: &Self,
+        threads: &mut Threads,
+    ) -> Result<(), JobPanicked> {
+        self.planes = from.planes;
+        let blocks_per_row = from.planes as usize * (width / BLOCK);
+        let (dense, blocks) = (Shared::new(&mut self.dense), Shared::new(&mut self.blocks));
+        for_rows(threads, rows.len(), &|copy| {
+            let row = rows[copy];
+            // SAFETY: rows are disjoint.
+            let (dense, blocks) = unsafe {
+                (
+                    dense.range(copy * width, width),
+                    blocks.range(copy * blocks_per_row, blocks_per_row),
+                )
+            };
+            dense.copy_from_slice(&from.dense[row * width..][..width]);
+            blocks.copy_from_slice(&from.blocks[row * blocks_per_row..][..blocks_per_row]);
+        })
+    }
+}
+
 pub(super) fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
     if buffer.len() < len {
         buffer.resize(len, T::default());
@@ -63,29 +96,27 @@ pub(super) fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
 }
 
 impl Context<'_> {
-    /// Normalises rows of the stream into `to`, in two planes if `quantised`.
+    /// Normalises rows of the stream into `to`, or copies them if there is no norm; in two planes if `quantised`.
     pub(super) fn normalise(
         &self,
         rows: usize,
         stream: &[f32],
-        weight: &[f32],
+        weight: Option<&[f32]>,
         quantised: bool,
         to: &mut Operand,
         threads: &mut Threads,
     ) -> Result<(), JobPanicked> {
-        let width = weight.len();
+        let width = self.config.hidden;
         to.planes = Planes::Two;
         let (dense, blocks) = (Shared::new(&mut to.dense), Shared::new(&mut to.blocks));
         for_rows(threads, rows, &|row| {
             // SAFETY: rows are disjoint.
             let out = unsafe { dense.range(row * width, width) };
-            rms_norm(
-                self.isa,
-                &stream[row * width..][..width],
-                weight,
-                self.config.norm_epsilon,
-                out,
-            );
+            let of_row = &stream[row * width..][..width];
+            match weight {
+                Some(weight) => rms_norm(self.isa, of_row, weight, self.config.norm_epsilon, out),
+                None => out.copy_from_slice(of_row),
+            }
             if quantised {
                 let count = Planes::Two as usize * (width / BLOCK);
                 // SAFETY: rows are disjoint.
@@ -109,6 +140,70 @@ impl Context<'_> {
             // SAFETY: rows are disjoint.
             let blocks = unsafe { blocks.range(row * count, count) };
             quantise_row(self.isa, &dense[row * width..][..width], blocks);
+        })
+    }
+
+    /// Adds the rows of a branch to the stream, normalised if there is a norm. `spare` has room for them.
+    pub(super) fn add_branch(
+        &self,
+        rows: usize,
+        branch: &[f32],
+        weight: Option<&[f32]>,
+        spare: &mut [f32],
+        stream: &mut [f32],
+        threads: &mut Threads,
+    ) -> Result<(), JobPanicked> {
+        let width = self.config.hidden;
+        let (spare, stream) = (Shared::new(spare), Shared::new(stream));
+        for_rows(threads, rows, &|row| {
+            // SAFETY: rows are disjoint.
+            let (spare, stream) =
+                unsafe { (spare.range(row * width, width), stream.range(row * width, width)) };
+            let branch = &branch[row * width..][..width];
+            match weight {
+                Some(weight) => {
+                    rms_norm(self.isa, branch, weight, self.config.norm_epsilon, spare);
+                    add_assign(self.isa, stream, spare);
+                }
+                None => add_assign(self.isa, stream, branch),
+            }
+        })
+    }
+
+    /// Multiplies every group's rows of `operand` with its matrices into the same rows of `out`.
+    pub(super) fn multiply_groups(
+        &self,
+        groups: &[Group<'_>],
+        operand: &Operand,
+        out: &mut [f32],
+        stride: usize,
+        threads: &mut Threads,
+    ) -> Result<(), JobPanicked> {
+        let tiles: usize = groups.iter().map(|group| group.matrices[0].0.tiles()).sum();
+        let per_item = (tiles / (ITEMS_PER_THREAD * threads.count())).max(1);
+        let mut pieces = Vec::new();
+        for group in groups {
+            let tiles = group.matrices[0].0.tiles();
+            for first_row in group.rows.clone().step_by(PRODUCT_ROWS) {
+                let rows = first_row..group.rows.end.min(first_row + PRODUCT_ROWS);
+                let starts = (0..tiles).step_by(per_item);
+                pieces
+                    .extend(starts.map(|start| (group, rows.clone(), start..(start + per_item).min(tiles))));
+            }
+        }
+        let out = Shared::new(out);
+        threads.run(pieces.len(), &|_, item| {
+            let (group, rows, tiles) = &pieces[item];
+            for (matrix, epilogue) in &group.matrices {
+                let target = Target {
+                    out: &out,
+                    stride,
+                    first_column: 0,
+                    epilogue: *epilogue,
+                };
+                let x = operand.activations(matrix);
+                multiply(self.isa, matrix, tiles.clone(), x, rows.clone(), &target);
+            }
         })
     }
 
@@ -165,7 +260,11 @@ impl Operand {
 }
 
 /// Runs `work` for every row: here if they are few, else in runs of rows on all threads.
-fn for_rows(threads: &mut Threads, rows: usize, work: &(dyn Fn(usize) + Sync)) -> Result<(), JobPanicked> {
+pub(super) fn for_rows(
+    threads: &mut Threads,
+    rows: usize,
+    work: &(dyn Fn(usize) + Sync),
+) -> Result<(), JobPanicked> {
     if rows <= ROWS_INLINE {
         (0..rows).for_each(work);
         return Ok(());

@@ -96,11 +96,23 @@ fn tile<'a>(
         heads_per_kv: PER_KV,
         rows,
         position,
+        window: None,
+        soft_cap: None,
     }
 }
 
+/// What may be asked of a layer's attention: windows within a panel, a segment, of whole ones, and across several.
+const KINDS: [(Option<usize>, Option<f32>); 6] = [
+    (None, None),
+    (None, Some(1.5)),
+    (Some(1), None),
+    (Some(47), Some(1.5)),
+    (Some(256), None),
+    (Some(300), None),
+];
+
 /// All rows of a KV head in tiles of `rows`.
-fn attend_all(isa: Isa, kv_head: usize, rows: usize) -> Vec<Vec<f32>> {
+fn attend_all(isa: Isa, kv_head: usize, rows: usize, kind: (Option<usize>, Option<f32>)) -> Vec<Vec<f32>> {
     let (pool, blocks) = pool();
     let (queries, mut scratch) = (queries(), Scratch::default());
     let mut all = Vec::new();
@@ -109,7 +121,11 @@ fn attend_all(isa: Isa, kv_head: usize, rows: usize) -> Vec<Vec<f32>> {
         let mut out = Rows(vec![vec![0.0; PER_KV * HEAD_DIM]; count]);
         attend(
             isa,
-            &tile(&pool, &blocks, &queries, kv_head, position, count),
+            &Tile {
+                window: kind.0,
+                soft_cap: kind.1,
+                ..tile(&pool, &blocks, &queries, kv_head, position, count)
+            },
             &mut scratch,
             &mut out,
         );
@@ -119,19 +135,31 @@ fn attend_all(isa: Isa, kv_head: usize, rows: usize) -> Vec<Vec<f32>> {
 }
 
 #[test]
-fn results_are_the_softmax_weighted_sums_of_the_past() {
-    let (kv_head, found) = (1, attend_all(Isa::detect(), 1, 16));
+fn results_are_the_softmax_weighted_sums_of_the_past_in_the_window() {
+    KINDS.into_iter().for_each(check_sums);
+}
+
+fn check_sums((window, cap): (Option<usize>, Option<f32>)) {
+    let (kv_head, found) = (1, attend_all(Isa::detect(), 1, 16, (window, cap)));
     let queries = queries();
     for position in [0, 1, 31, 32, 255, 256, 300, TOKENS - 1] {
         for head in 0..PER_KV {
             let start = ((position * KV_HEADS + kv_head) * PER_KV + head) * HEAD_DIM;
             let query = &queries[start..start + HEAD_DIM];
             let score = |token: usize| -> f64 {
-                (0..HEAD_DIM)
+                let product: f64 = (0..HEAD_DIM)
                     .map(|dim| f64::from(query[dim]) * f64::from(k(token, kv_head, dim)))
-                    .sum()
+                    .sum();
+                cap.map_or(product, |cap| {
+                    let cap = f64::from(cap);
+                    cap * (product / cap).tanh()
+                })
             };
-            let weights: Vec<f64> = (0..=position).map(|token| score(token).exp()).collect();
+            let weight = |token: usize| match window {
+                Some(window) if token + window <= position => 0.0,
+                _ => score(token).exp(),
+            };
+            let weights: Vec<f64> = (0..=position).map(weight).collect();
             let total: f64 = weights.iter().sum();
             for dim in 0..HEAD_DIM {
                 let sum = |(token, weight): (usize, &f64)| weight * f64::from(v(token, kv_head, dim));
@@ -148,19 +176,31 @@ fn results_are_the_softmax_weighted_sums_of_the_past() {
 
 #[test]
 fn bits_do_not_depend_on_tiles_segment_items_or_the_instruction_set() {
-    let expected = attend_all(Isa::SCALAR, 0, 16);
+    KINDS.into_iter().for_each(check_bits);
+}
+
+fn check_bits(kind: (Option<usize>, Option<f32>)) {
+    let expected = attend_all(Isa::SCALAR, 0, 16, kind);
     let (pool, blocks) = pool();
     let queries = queries();
     for isa in Isa::available() {
         for rows in [1, 7, 16, 100] {
-            assert_eq!(attend_all(isa, 0, rows), expected, "{isa:?}, tiles of {rows}");
+            assert_eq!(
+                attend_all(isa, 0, rows, kind),
+                expected,
+                "{isa:?}, tiles of {rows}"
+            );
         }
         let mut scratch = Scratch::default();
         let floats = PER_KV * partial_floats(HEAD_DIM);
         for position in [0, 40, 255, 256, 511, 512, TOKENS - 1] {
-            let tile = tile(&pool, &blocks, &queries, 0, position, 1);
-            let mut partials = vec![0.0; tile.segments() * floats];
-            for (segment, out) in partials.chunks_exact_mut(floats).enumerate() {
+            let tile = Tile {
+                window: kind.0,
+                soft_cap: kind.1,
+                ..tile(&pool, &blocks, &queries, 0, position, 1)
+            };
+            let mut partials = vec![0.0; tile.segments().len() * floats];
+            for (segment, out) in tile.segments().zip(partials.chunks_exact_mut(floats)) {
                 attend_segment(isa, &tile, segment, &mut scratch, out);
             }
             let mut out = vec![0.0; PER_KV * HEAD_DIM];
