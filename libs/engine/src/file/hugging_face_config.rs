@@ -205,7 +205,7 @@ fn window(
     layers: usize,
     context_tokens_max: usize,
 ) -> Result<Option<Window>, LoadError> {
-    let listed = layer_types(config)?;
+    let listed = layer_types(config, layers)?;
     let tokens = match config.value("sliding_window") {
         None => family.window_default,
         Some(_) => config.optional_size("sliding_window")?,
@@ -233,12 +233,6 @@ fn window(
     if set == LayerSet::None {
         return Ok(None);
     }
-    if let LayerSet::Listed(listed) = &set
-        && listed.len() != layers
-    {
-        let expected = format!("{layers} layers long");
-        return Err(config.bad("layer_types", listed.len(), &expected));
-    }
     match (tokens, &set) {
         (Some(tokens), _) if tokens >= context_tokens_max => Ok(None),
         (Some(tokens), _) if family.windows == Windows::None => {
@@ -251,10 +245,13 @@ fn window(
 }
 
 /// Which layers `layer_types` gives a window, if it is there.
-fn layer_types(config: &Object) -> Result<Option<Vec<bool>>, LoadError> {
+fn layer_types(config: &Object, layers: usize) -> Result<Option<Vec<bool>>, LoadError> {
     let Some(types) = config.value("layer_types").and_then(Value::as_array) else {
         return Ok(None);
     };
+    if types.len() != layers {
+        return Err(config.bad("layer_types", types.len(), &format!("{layers} layers long")));
+    }
     let sliding = types.iter().map(|layer| match layer.as_str() {
         Some("full_attention") => Ok(false),
         Some("sliding_attention") => Ok(true),
