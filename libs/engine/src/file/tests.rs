@@ -666,6 +666,75 @@ fn version_5_of_transformers_says_the_same_in_other_words() {
     assert_eq!((new.rope, new.local_rope), (old.rope, old.local_rope));
 }
 
+/// As the class that sees images keeps the text model: one level further in, with most sizes left out.
+#[rstest]
+#[case("language_model.")]
+#[case("model.language_model.")]
+fn a_text_model_is_found_beside_what_sees_images(#[case] prefix: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let model = TinyModel::of("gemma3");
+    write_tiny_hf(directory.path(), &model, 1).unwrap();
+    let alone = ModelFile::open(directory.path()).unwrap();
+    let embedding = alone.tensor("token_embd").unwrap().to_f32();
+
+    let path = directory.path().join("config.json");
+    let mut text: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let eos = text.as_object_mut().unwrap().remove("eos_token_id").unwrap();
+    text["architectures"] = Value::Null;
+    let config = json!({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "eos_token_id": eos});
+    fs::write(&path, config.to_string()).unwrap();
+
+    let weights = directory.path().join("model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    let header: Value = serde_json::from_slice(&bytes[8..8 + header_end(&bytes)]).unwrap();
+    let mut renamed = serde_json::Map::new();
+    for (name, entry) in header.as_object().unwrap() {
+        let name = match prefix {
+            "language_model." => format!("{prefix}{name}"),
+            _ => name.replacen("model.", prefix, 1),
+        };
+        renamed.insert(name, entry.clone());
+    }
+    let first = renamed.values().next().unwrap().clone();
+    renamed.insert("vision_tower.patch.weight".into(), first);
+    let header = Value::Object(renamed).to_string();
+    let length = (header.len() as u64).to_le_bytes();
+    let file = [
+        length.as_slice(),
+        header.as_bytes(),
+        &bytes[8 + header_end(&bytes)..],
+    ]
+    .concat();
+    fs::write(&weights, file).unwrap();
+
+    let inside = ModelFile::open(directory.path()).unwrap();
+    let named = |file: &ModelFile| ModelConfig {
+        name: String::new(),
+        ..file.config().clone()
+    };
+    assert_eq!(named(&inside), named(&alone));
+    assert_eq!(inside.tensor("token_embd").unwrap().to_f32(), embedding);
+}
+
+fn header_end(bytes: &[u8]) -> usize {
+    u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize
+}
+
+#[test]
+fn sizes_that_gemma_3_leaves_out_are_its_classs() {
+    let directory = tempfile::tempdir().unwrap();
+    write_tiny_hf(directory.path(), &TinyModel::of("gemma3"), 1).unwrap();
+    let path = directory.path().join("config.json");
+    let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    config.as_object_mut().unwrap().remove("vocab_size");
+    fs::write(&path, config.to_string()).unwrap();
+    let without = ModelFile::open(directory.path()).unwrap_err();
+    assert!(
+        without.to_string().contains("makes it [262208, 192]"),
+        "{without}"
+    );
+}
+
 // --- FP8.
 
 fn fp8(changes: Value, remove: Option<&str>) -> Result<ModelFile, LoadError> {
