@@ -93,6 +93,18 @@ pub struct Mixture {
     pub projections: [&'static str; 3],
 }
 
+/// A class whose directories hold the family's model beside what sees images.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Wrapper {
+    /// The class in `architectures`. Its `text_config` is the family's `config.json`.
+    pub hugging_face: &'static str,
+    /// What stands before the names of the family's tensors, and what they begin with without it: as version 4 of `transformers`
+    /// wrote it, and as version 5 does.
+    pub prefixes: [(&'static str, &'static str); 3],
+    /// What the names of the other tensors begin with. No text goes through them.
+    pub others: [&'static str; 4],
+}
+
 /// What sets a family apart.
 #[derive(Debug, PartialEq)]
 pub struct Family {
@@ -102,6 +114,8 @@ pub struct Family {
     pub title: &'static str,
     /// The class in `architectures` of `config.json`.
     pub hugging_face: &'static str,
+    /// A class that holds it, if there is one.
+    pub wrapper: Option<Wrapper>,
     /// `general.architecture` of GGUF files, if llama.cpp has one that tells all of the family.
     pub gguf: Option<&'static str>,
     /// How GGUF files pair the rotated elements: llama.cpp permutes the rows of Q and K for some architectures.
@@ -138,6 +152,8 @@ pub struct Family {
     pub fused: bool,
     /// Experts.
     pub mixture: Option<Mixture>,
+    /// `transformers`' defaults of sizes that real files leave out.
+    pub defaults: &'static [(&'static str, u64)],
     /// `transformers`' default of `rms_norm_eps`.
     pub norm_epsilon_default: f64,
     /// `transformers`' default of `rope_theta`.
@@ -151,6 +167,7 @@ const LLAMA: Family = Family {
     name: "llama",
     title: "Llama 2, 3, SmolLM2",
     hugging_face: "LlamaForCausalLM",
+    wrapper: None,
     gguf: Some("llama"),
     gguf_rope: RopeStyle::Interleaved,
     norms: NormPlacement::Before,
@@ -169,6 +186,7 @@ const LLAMA: Family = Family {
     partial_rotary: false,
     fused: false,
     mixture: None,
+    defaults: &[],
     norm_epsilon_default: 1e-6,
     rope_theta_default: 10_000.0,
     tied_default: false,
@@ -266,10 +284,32 @@ pub static FAMILIES: [Family; 11] = [
         name: "gemma3",
         title: "Gemma 3 (text)",
         hugging_face: "Gemma3ForCausalLM",
+        wrapper: Some(Wrapper {
+            hugging_face: "Gemma3ForConditionalGeneration",
+            prefixes: [
+                ("language_model.model.", "model."),
+                ("language_model.lm_head.", "lm_head."),
+                ("model.language_model.", "model."),
+            ],
+            others: [
+                "vision_tower.",
+                "multi_modal_projector.",
+                "model.vision_tower.",
+                "model.multi_modal_projector.",
+            ],
+        }),
         gguf: Some("gemma3"),
         query_key_norm: QueryKeyNorm::PerHead,
         windows: Windows::AllBut { period: 6 },
         local_rope: true,
+        defaults: &[
+            ("num_attention_heads", 8),
+            ("num_key_value_heads", 4),
+            ("head_dim", 256),
+            ("query_pre_attn_scalar", 256),
+            ("max_position_embeddings", 131_072),
+            ("vocab_size", 262_208),
+        ],
         rope_theta_default: 1e6,
         ..GEMMA2
     },
@@ -314,6 +354,16 @@ impl Family {
         FAMILIES.iter().find(|family| family.hugging_face == class)
     }
 
+    /// The family that a class of `transformers` holds beside what sees images.
+    pub fn of_wrapper(class: &str) -> Option<(&'static Self, &'static Wrapper)> {
+        let wrappers = FAMILIES
+            .iter()
+            .filter_map(|family| Some((family, family.wrapper.as_ref()?)));
+        wrappers
+            .into_iter()
+            .find(|(_, wrapper)| wrapper.hugging_face == class)
+    }
+
     /// The family of an architecture of GGUF files.
     pub fn of_gguf(architecture: &str, experts: bool) -> Option<&'static Self> {
         let mut named = FAMILIES.iter().filter(|family| family.gguf == Some(architecture));
@@ -328,9 +378,11 @@ impl Family {
 
     /// The classes of `transformers` that the engine computes, for messages.
     pub fn hugging_face_list() -> String {
+        let wrappers = FAMILIES.iter().filter_map(|family| family.wrapper.as_ref());
         FAMILIES
             .iter()
             .map(|family| family.hugging_face)
+            .chain(wrappers.map(|wrapper| wrapper.hugging_face))
             .collect::<Vec<_>>()
             .join(", ")
     }

@@ -137,6 +137,22 @@ fn every_family_has_a_reference() {
 }
 
 #[test]
+fn the_documentation_lists_every_family() {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../docs/models.md");
+    let text = std::fs::read_to_string(path).expect("docs/models.md");
+    for family in &FAMILIES {
+        let begins = format!("| {} | `{}`", family.title, family.hugging_face);
+        let row = text.lines().find(|line| line.starts_with(&begins));
+        let row = row.unwrap_or_else(|| panic!("docs/models.md has no row {begins}"));
+        let architecture = format!("| `{}`", family.gguf.unwrap_or("llama"));
+        assert!(row.contains(&architecture), "{row} has no {architecture}");
+        if let Some(wrapper) = &family.wrapper {
+            assert!(row.contains(wrapper.hugging_face), "{row}");
+        }
+    }
+}
+
+#[test]
 fn fp8_weights_are_what_torch_makes_of_them() {
     let model = TinyModel {
         format: TensorFormat::F8E4M3,

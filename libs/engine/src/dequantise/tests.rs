@@ -120,3 +120,20 @@ fn scales_of_k_quants_have_six_bits_each() {
 fn a_row_of_the_wrong_size_is_a_defect() {
     dequantise_row(TensorFormat::Q8_0, &[0; 33], &mut [0.0; 32]);
 }
+
+#[test]
+fn fp8_decodes_by_its_definition() {
+    for code in 0..=u8::MAX {
+        let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
+        let magnitude = match exponent {
+            15 if code & 7 == 7 => f32::NAN,
+            0 => mantissa / 8.0 * 2f32.powi(-6),
+            _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+        };
+        let expected = if code & 0x80 == 0 { magnitude } else { -magnitude };
+        let mut out = [0.0];
+        dequantise_row(TensorFormat::F8E4M3, &[code], &mut out);
+        let same = out[0].to_bits() == expected.to_bits() || (out[0].is_nan() && expected.is_nan());
+        assert!(same, "{code:#x} is {}, not {expected}", out[0]);
+    }
+}

@@ -4,6 +4,7 @@
 //! `chat_template.jinja` are read when they are there. Keys and defaults are those of `transformers`.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet, HashMap},
     path::{Path, PathBuf},
     sync::Arc,
@@ -14,7 +15,10 @@ use serde_json::{Map, Value};
 use super::{
     LoadError, hugging_face_config, limits, mapped::MappedFile, names::Names, safetensors, shapes::Found,
 };
-use crate::{config::ModelConfig, family::Biases};
+use crate::{
+    config::ModelConfig,
+    family::{Biases, Wrapper},
+};
 
 /// Mixture models of a trillion parameters have some hundred.
 const SHARDS_MAX: usize = 1024;
@@ -22,7 +26,10 @@ const SHARDS_MAX: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Directory {
     path: PathBuf,
+    /// Of the text model.
     config: Object,
+    /// The class that the text model is in, if it is.
+    wrapper: Option<&'static Wrapper>,
     generation: Option<Object>,
     tokenizer_config: Option<Object>,
     shards: Vec<Arc<MappedFile>>,
@@ -53,6 +60,7 @@ impl Directory {
             path: path.to_owned(),
             detail: "the directory has no config.json, so it is no Hugging Face model".into(),
         })?;
+        let (config, wrapper) = hugging_face_config::text_model(config)?;
         let generation = object("generation_config.json")?;
         let tokenizer_config = object("tokenizer_config.json")?;
         for name in ["tokenizer.json", "chat_template.jinja"] {
@@ -69,6 +77,7 @@ impl Directory {
         Ok(Self {
             path: path.to_owned(),
             config,
+            wrapper,
             generation,
             tokenizer_config,
             shards,
@@ -92,7 +101,10 @@ impl Directory {
         let mut found = HashMap::new();
         for shard in &self.shards {
             for (native, entry) in safetensors::parse(shard)? {
-                let canonical = names.canonical(&native);
+                let Some(own) = self.own_name(&native) else {
+                    continue;
+                };
+                let canonical = names.canonical(&own);
                 let copy = native.ends_with(".rotary_emb.inv_freq")
                     || (model.tied_head && canonical.as_deref() == Some("output.weight"));
                 if copy {
@@ -120,6 +132,21 @@ impl Directory {
         }
         self.check_biases(model, &names, &found)?;
         Ok(found)
+    }
+
+    /// The name that a tensor would have if the text model were alone; `None` if it is none of its tensors.
+    fn own_name<'a>(&self, native: &'a str) -> Option<Cow<'a, str>> {
+        let Some(wrapper) = self.wrapper else {
+            return Some(native.into());
+        };
+        if wrapper.others.iter().any(|other| native.starts_with(other)) {
+            return None;
+        }
+        let own = wrapper.prefixes.iter().find_map(|(before, without)| {
+            let rest = native.strip_prefix(before)?;
+            Some(format!("{without}{rest}").into())
+        });
+        Some(own.unwrap_or_else(|| native.into()))
     }
 
     /// The bytes of `tokenizer.json`.
@@ -248,6 +275,25 @@ impl Object {
             })),
             Some(other) => Err(self.bad_value(key, other, "an object")),
         }
+    }
+
+    /// With these keys where it has none of them.
+    pub(super) fn with(mut self, others: impl IntoIterator<Item = (&'static str, Value)>) -> Self {
+        for (key, value) in others {
+            self.map.entry(key).or_insert(value);
+        }
+        self
+    }
+
+    /// Sizes that are to be taken for those that are missing.
+    pub(super) fn with_defaults(self, defaults: &'static [(&'static str, u64)]) -> Self {
+        self.with(defaults.iter().map(|(key, value)| (*key, (*value).into())))
+    }
+
+    /// As of this class, whatever it says.
+    pub(super) fn with_class(mut self, class: &str) -> Self {
+        self.map.insert("architectures".into(), vec![class].into());
+        self
     }
 
     /// As it is, `null` included.

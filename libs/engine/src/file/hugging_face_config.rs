@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     config::{Experts, LayerSet, ModelConfig, Window},
-    family::{Activation, Family, Mixture, Windows},
+    family::{Activation, Family, Mixture, Windows, Wrapper},
 };
 
 /// Keys that change the computation in ways that we do not follow, with the values that leave it as it is.
@@ -27,13 +27,36 @@ const NEUTRAL: [(&str, &[&str]); 6] = [
     ("clip_qkv", &["null"]),
 ];
 
-/// The family that `architectures` names.
-pub(super) fn family(config: &Object) -> Result<&'static Family, LoadError> {
-    let class = config
+/// Keys that a class that sees images has beside its text model's.
+const OUTER: [&str; 3] = ["eos_token_id", "quantization_config", "tie_word_embeddings"];
+
+/// The configuration of the text model, with what `transformers` would put where it says nothing, and the class that it is in.
+pub(super) fn text_model(config: Object) -> Result<(Object, Option<&'static Wrapper>), LoadError> {
+    let Some((family, wrapper)) = Family::of_wrapper(class(&config)?) else {
+        let family = family(&config)?;
+        return Ok((config.with_defaults(family.defaults), None));
+    };
+    let text = config
+        .object("text_config")?
+        .ok_or_else(|| config.missing("text_config"))?;
+    let outer = OUTER
+        .iter()
+        .filter_map(|key| Some((*key, config.value(key)?.clone())));
+    let text = text.with(outer).with_class(family.hugging_face);
+    Ok((text.with_defaults(family.defaults), Some(wrapper)))
+}
+
+fn class(config: &Object) -> Result<&str, LoadError> {
+    config
         .value("architectures")
         .and_then(|architectures| architectures.get(0))
         .and_then(Value::as_str)
-        .ok_or_else(|| config.missing("architectures"))?;
+        .ok_or_else(|| config.missing("architectures"))
+}
+
+/// The family that `architectures` names.
+fn family(config: &Object) -> Result<&'static Family, LoadError> {
+    let class = class(config)?;
     Family::of_hugging_face(class).ok_or_else(|| LoadError::UnsupportedArchitecture {
         path: config.path().to_owned(),
         architecture: class.to_owned(),
@@ -205,7 +228,7 @@ fn window(
     layers: usize,
     context_tokens_max: usize,
 ) -> Result<Option<Window>, LoadError> {
-    let listed = layer_types(config)?;
+    let listed = layer_types(config, layers)?;
     let tokens = match config.value("sliding_window") {
         None => family.window_default,
         Some(_) => config.optional_size("sliding_window")?,
@@ -233,12 +256,6 @@ fn window(
     if set == LayerSet::None {
         return Ok(None);
     }
-    if let LayerSet::Listed(listed) = &set
-        && listed.len() != layers
-    {
-        let expected = format!("{layers} layers long");
-        return Err(config.bad("layer_types", listed.len(), &expected));
-    }
     match (tokens, &set) {
         (Some(tokens), _) if tokens >= context_tokens_max => Ok(None),
         (Some(tokens), _) if family.windows == Windows::None => {
@@ -251,10 +268,13 @@ fn window(
 }
 
 /// Which layers `layer_types` gives a window, if it is there.
-fn layer_types(config: &Object) -> Result<Option<Vec<bool>>, LoadError> {
+fn layer_types(config: &Object, layers: usize) -> Result<Option<Vec<bool>>, LoadError> {
     let Some(types) = config.value("layer_types").and_then(Value::as_array) else {
         return Ok(None);
     };
+    if types.len() != layers {
+        return Err(config.bad("layer_types", types.len(), &format!("{layers} layers long")));
+    }
     let sliding = types.iter().map(|layer| match layer.as_str() {
         Some("full_attention") => Ok(false),
         Some("sliding_attention") => Ok(true),

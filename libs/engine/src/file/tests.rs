@@ -549,6 +549,236 @@ fn a_contradiction_in_json_names_the_key_and_the_value(#[case] changes: Value, #
     refused(hugging_face(changes).1, expected);
 }
 
+/// A tiny model of a family with some keys of its `config.json` replaced.
+fn of_family(family: &'static str, changes: Value) -> Result<ModelFile, LoadError> {
+    let directory = tempfile::tempdir().unwrap();
+    write_tiny_hf(directory.path(), &TinyModel::of(family), 1).unwrap();
+    let path = directory.path().join("config.json");
+    let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    fs::write(&path, config.to_string()).unwrap();
+    ModelFile::open(directory.path())
+}
+
+#[rstest]
+#[case("llama", json!({"mlp_bias": true}), "mlp_bias = true")]
+#[case("llama", json!({"attn_logit_softcapping": 30.0}), "attn_logit_softcapping = 30.0")]
+#[case("llama", json!({"no_rope_layers": [1, 0]}), "no_rope_layers = [1,0]")]
+#[case("qwen2", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor = 0.5")]
+#[case("qwen2", json!({"max_window_layers": null}), "max_window_layers is missing")]
+#[case("qwen3", json!({"layer_types": ["full_attention"]}), "layer_types")]
+#[case("qwen3", json!({"layer_types": ["full_attention", "linear_attention"]}), "a layer of type \"linear_attention\"")]
+#[case("qwen3moe", json!({"mlp_only_layers": [1]}), "mlp_only_layers = [1]")]
+#[case("qwen3moe", json!({"decoder_sparse_step": 2}), "decoder_sparse_step = 2")]
+#[case("qwen3moe", json!({"num_experts_per_tok": 9}), "a row uses is 9")]
+#[case("qwen3moe", json!({"num_experts": 1_000_000}), "experts is 1000000")]
+#[case("qwen3moe", json!({"num_experts": 9}), "tensor model.layers.0.mlp.gate.weight is [8, 192]")]
+#[case("mixtral", json!({"num_local_experts": null}), "num_local_experts is missing")]
+#[case("gemma2", json!({"hidden_activation": "gelu"}), "hidden_activation = \"gelu\"")]
+#[case("gemma2", json!({"query_pre_attn_scalar": null}), "query_pre_attn_scalar is missing")]
+#[case("gemma2", json!({"final_logit_softcapping": -1.0}), "final_logit_softcapping is -1.0")]
+#[case("gemma3", json!({"use_bidirectional_attention": true}), "use_bidirectional_attention = true")]
+#[case("gemma3", json!({"head_dim": 48}), "q_norm.weight is [64]")]
+#[case("gemma3", json!({"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "linear"}}}),
+    "RoPE scaling of type \"linear\" in layers with a window")]
+#[case("phi3", json!({"num_key_value_heads": 4}), "qkv_proj.weight is [384, 192]")]
+#[case("smollm3", json!({"no_rope_layers": [1, 1]}), "no_rope_layers is [1,1]")]
+#[case("smollm3", json!({"no_rope_layers": [1, 1, 2, 0]}), "no_rope_layers is [1,1,2,0]")]
+#[case("olmo2", json!({"architectures": ["Olmo3ForCausalLM"]}), "Olmo2ForCausalLM")]
+#[case("olmo2", json!({"architectures": ["LlamaForCausalLM"]}), "input_layernorm.weight is missing")]
+#[case("qwen3", json!({"architectures": ["Qwen2ForCausalLM"]}), "q_proj.bias is missing")]
+#[case("gemma3", json!({"architectures": ["Gemma2ForCausalLM"]}), "k_norm.weight is not supported")]
+fn what_a_family_cannot_compute_is_refused_by_name(
+    #[case] family: &'static str,
+    #[case] changes: Value,
+    #[case] expected: &str,
+) {
+    refused(of_family(family, changes), expected);
+}
+
+#[test]
+fn defaults_are_those_of_the_familys_class() {
+    let without = |family, key: &str| {
+        let directory = tempfile::tempdir().unwrap();
+        write_tiny_hf(directory.path(), &TinyModel::of(family), 1).unwrap();
+        let path = directory.path().join("config.json");
+        let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        config.as_object_mut().unwrap().remove(key);
+        fs::write(&path, config.to_string()).unwrap();
+        ModelFile::open(directory.path()).unwrap().config().clone()
+    };
+    assert!(without("gemma2", "tie_word_embeddings").tied_head);
+    assert_eq!(without("gemma3", "sliding_window").window.unwrap().tokens, 4096);
+    assert_eq!(without("mistral", "sliding_window").window.unwrap().tokens, 4096);
+    assert_eq!(without("qwen3", "use_sliding_window").window, None);
+    assert_eq!(without("smollm3", "rope_theta").rope.theta, 2e6);
+    assert_eq!(without("olmo2", "rms_norm_eps").norm_epsilon, 1e-5);
+}
+
+#[test]
+fn windows_and_rotations_are_by_layer() {
+    let config = |family| of_family(family, json!({})).unwrap().config().clone();
+    let windows = |family: &'static str| -> Vec<bool> {
+        let config = config(family);
+        (0..config.layers)
+            .map(|layer| config.window_of(layer).is_some())
+            .collect()
+    };
+    assert_eq!(windows("gemma2"), [true, false]);
+    assert_eq!(windows("gemma3"), [true, true, true, true, true, false]);
+    assert_eq!(windows("qwen3"), [false, true]);
+    assert_eq!(windows("qwen3moe"), [true, true]);
+    assert_eq!(windows("llama"), [false, false]);
+    let listed = json!({"layer_types": ["full_attention", "sliding_attention"]});
+    let listed = of_family("gemma2", listed).unwrap().config().clone();
+    assert_eq!(
+        [0, 1].map(|layer| listed.window_of(layer).is_some()),
+        [false, true]
+    );
+    let smollm3 = config("smollm3");
+    assert_eq!(
+        [0, 1, 2, 3].map(|layer| smollm3.unrotated.contains(layer)),
+        [false, false, false, true]
+    );
+    let gemma3 = config("gemma3");
+    assert_eq!(
+        (gemma3.rope.theta, gemma3.local_rope.unwrap().theta),
+        (100_000.0, 10_000.0)
+    );
+}
+
+#[test]
+fn version_5_of_transformers_says_the_same_in_other_words() {
+    let old = of_family("gemma3", json!({})).unwrap().config().clone();
+    let new = of_family(
+        "gemma3",
+        json!({
+            "rope_theta": null, "rope_local_base_freq": null, "rope_scaling": null,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100_000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        }),
+    );
+    let new = new.unwrap().config().clone();
+    assert_eq!((new.rope, new.local_rope), (old.rope, old.local_rope));
+}
+
+/// As the class that sees images keeps the text model: one level further in, with most sizes left out.
+#[rstest]
+#[case("language_model.")]
+#[case("model.language_model.")]
+fn a_text_model_is_found_beside_what_sees_images(#[case] prefix: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let model = TinyModel::of("gemma3");
+    write_tiny_hf(directory.path(), &model, 1).unwrap();
+    let alone = ModelFile::open(directory.path()).unwrap();
+    let embedding = alone.tensor("token_embd").unwrap().to_f32();
+
+    let path = directory.path().join("config.json");
+    let mut text: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let eos = text.as_object_mut().unwrap().remove("eos_token_id").unwrap();
+    text["architectures"] = Value::Null;
+    let config = json!({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "eos_token_id": eos});
+    fs::write(&path, config.to_string()).unwrap();
+
+    let weights = directory.path().join("model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    let header: Value = serde_json::from_slice(&bytes[8..8 + header_end(&bytes)]).unwrap();
+    let mut renamed = serde_json::Map::new();
+    for (name, entry) in header.as_object().unwrap() {
+        let name = match prefix {
+            "language_model." => format!("{prefix}{name}"),
+            _ => name.replacen("model.", prefix, 1),
+        };
+        renamed.insert(name, entry.clone());
+    }
+    let first = renamed.values().next().unwrap().clone();
+    renamed.insert("vision_tower.patch.weight".into(), first);
+    let header = Value::Object(renamed).to_string();
+    let length = (header.len() as u64).to_le_bytes();
+    let file = [
+        length.as_slice(),
+        header.as_bytes(),
+        &bytes[8 + header_end(&bytes)..],
+    ]
+    .concat();
+    fs::write(&weights, file).unwrap();
+
+    let inside = ModelFile::open(directory.path()).unwrap();
+    let named = |file: &ModelFile| ModelConfig {
+        name: String::new(),
+        ..file.config().clone()
+    };
+    assert_eq!(named(&inside), named(&alone));
+    assert_eq!(inside.tensor("token_embd").unwrap().to_f32(), embedding);
+}
+
+fn header_end(bytes: &[u8]) -> usize {
+    u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize
+}
+
+#[test]
+fn sizes_that_gemma_3_leaves_out_are_its_classs() {
+    let directory = tempfile::tempdir().unwrap();
+    write_tiny_hf(directory.path(), &TinyModel::of("gemma3"), 1).unwrap();
+    let path = directory.path().join("config.json");
+    let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    config.as_object_mut().unwrap().remove("vocab_size");
+    fs::write(&path, config.to_string()).unwrap();
+    let without = ModelFile::open(directory.path()).unwrap_err();
+    assert!(
+        without.to_string().contains("makes it [262208, 192]"),
+        "{without}"
+    );
+}
+
+// --- FP8.
+
+fn fp8(changes: Value, remove: Option<&str>) -> Result<ModelFile, LoadError> {
+    let directory = tempfile::tempdir().unwrap();
+    let model = TinyModel {
+        format: TensorFormat::F8E4M3,
+        ..TinyModel::of("qwen3")
+    };
+    write_tiny_hf(directory.path(), &model, 1).unwrap();
+    let path = directory.path().join("config.json");
+    let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    for (key, value) in changes.as_object().unwrap() {
+        config["quantization_config"][key] = value.clone();
+    }
+    fs::write(&path, config.to_string()).unwrap();
+    if let Some(name) = remove {
+        let weights = directory.path().join("model.safetensors");
+        let mut bytes = fs::read(&weights).unwrap();
+        let at = bytes
+            .windows(name.len())
+            .position(|window| window == name.as_bytes())
+            .unwrap();
+        bytes[at + name.len() - 1] = b'X';
+        fs::write(&weights, bytes).unwrap();
+    }
+    ModelFile::open(directory.path())
+}
+
+#[rstest]
+#[case(json!({"quant_method": "gptq"}), None, "quant_method Some(\"gptq\")")]
+#[case(json!({"fmt": "e5m2"}), None, "quantization_config.fmt = \"e5m2\"")]
+#[case(json!({"weight_block_size": [64, 64]}), None, "quantization_config.weight_block_size = [64,64]")]
+#[case(json!({"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}), None, "kv_cache_scheme")]
+#[case(json!({"quant_method": "compressed-tensors", "format": "pack-quantized"}), None, "\"pack-quantized\"")]
+#[case(json!({}), Some("mlp.up_proj.weight_scale_inv"), "up_proj.weight_scale or")]
+fn fp8_that_is_something_else_is_refused(
+    #[case] changes: Value,
+    #[case] remove: Option<&str>,
+    #[case] expected: &str,
+) {
+    assert!(fp8(json!({}), None).is_ok());
+    refused(fp8(changes, remove), expected);
+}
+
 #[test]
 fn rope_scalings_of_hugging_face_are_read() {
     let rope = |changes: Value| {

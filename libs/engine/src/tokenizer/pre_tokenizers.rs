@@ -19,6 +19,8 @@ use super::TokenizerError;
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// llama.cpp's cuts for files that do not say: one after the other.
 const DEFAULT: [&str; 4] = [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"];
 
@@ -32,14 +34,20 @@ pub(super) struct PreTokenizer {
 }
 
 /// Names with the same meaning, and the meaning.
-const NAMES: [(&[&str], Kind); 5] = [
+const NAMES: [(&[&str], Kind); 8] = [
     (
         &["smollm", "starcoder", "refact", "codeshell", "command-r"],
         Kind::DigitsThenGpt2,
     ),
     (&["llama-bpe", "llama3", "llama-v3"], Kind::Llama3),
+    // OLMo 2 and Phi-4.
+    (&["dbrx", "smaug-bpe"], Kind::Dbrx),
     (&["qwen2", "deepseek-r1-qwen"], Kind::Qwen2),
-    (&["gpt-2"], Kind::Gpt2),
+    // Mistral's byte-level vocabularies.
+    (&["tekken"], Kind::Tekken),
+    // Phi-4-mini.
+    (&["gpt-4o"], Kind::Gpt4o),
+    (&["gpt-2", "olmo"], Kind::Gpt2),
     (&["default"], Kind::Default),
 ];
 
@@ -47,7 +55,10 @@ const NAMES: [(&[&str], Kind); 5] = [
 enum Kind {
     DigitsThenGpt2,
     Llama3,
+    Dbrx,
     Qwen2,
+    Tekken,
+    Gpt4o,
     Gpt2,
     Default,
 }
@@ -75,7 +86,13 @@ pub(super) fn by_name(name: Option<&str>) -> Result<PreTokenizer, TokenizerError
             add_bos: true,
             ..plain(vec![cut(LLAMA3), bytes(false)])
         }),
+        Some(Kind::Dbrx) => Ok(plain(vec![cut(LLAMA3), bytes(false)])),
         Some(Kind::Qwen2) => Ok(plain(vec![cut(QWEN2), bytes(false)])),
+        Some(Kind::Tekken) => Ok(PreTokenizer {
+            ignore_merges: true,
+            ..plain(vec![cut(TEKKEN), bytes(false)])
+        }),
+        Some(Kind::Gpt4o) => Ok(plain(vec![cut(GPT4O), bytes(false)])),
         Some(Kind::Gpt2) => Ok(plain(vec![bytes(true)])),
         Some(Kind::Default) => Ok(plain(
             DEFAULT.map(cut).into_iter().chain([bytes(false)]).collect(),

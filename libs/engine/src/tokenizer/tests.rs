@@ -297,6 +297,9 @@ fn an_unknown_cut_is_refused_by_name(#[case] pre: &str, #[case] expected: &str) 
 #[rstest]
 #[case("llama-bpe", "I'LL pay 12345 €!!\n\n  x", &["I", "'LL", " pay", " ", "123", "45", " €!!\n\n", " ", " x"])]
 #[case("qwen2", "I'LL pay 123!!\n x", &["I", "'LL", " pay", " ", "1", "2", "3", "!!\n", " x"])]
+#[case("dbrx", "I'LL pay 12345", &["I", "'LL", " pay", " ", "123", "45"])]
+#[case("tekken", "theName's 12/\n", &["the", "Name", "'s", " ", "1", "2", "/\n"])]
+#[case("gpt-4o", "theName's 1234/\n", &["the", "Name's", " ", "123", "4", "/\n"])]
 #[case("gpt-2", "I'll pay 123!!\n\n x", &["I", "'ll", " pay", " 123", "!!", "\n\n", " x"])]
 #[case("smollm", "in 123 days", &["in", " ", "1", "2", "3", " days"])]
 #[case("default", "pay 12345,x", &["pay", " ", "123", "45", ",", "x"])]
@@ -425,4 +428,118 @@ fn json_that_is_no_tokenizer_is_refused() {
     let json = Tiny::new().json().to_string();
     let error = Tokenizer::from_json(json.as_bytes(), Some("<none>"), None).unwrap_err();
     assert!(error.to_string().contains("the bos token \"<none>\""), "{error}");
+}
+
+/// A `tokenizer.json` with the parts of a family's, and a vocabulary of bytes, some letters and what the text needs.
+fn family_json(sentence_piece: bool, parts: Value) -> Value {
+    let mut vocabulary = serde_json::Map::new();
+    let mut add = |piece: String| {
+        let next = vocabulary.len();
+        vocabulary.entry(piece).or_insert(next.into());
+    };
+    ["<pad>", "<eos>", "<bos>", "<unk>"]
+        .iter()
+        .for_each(|piece| add((*piece).to_owned()));
+    if sentence_piece {
+        (0..=u8::MAX).for_each(|byte| add(format!("<0x{byte:02X}>")));
+        ["\u{2581}", "a", "b", "ab", "\u{2581}ab", "1", "\n"]
+            .iter()
+            .for_each(|piece| add((*piece).to_owned()));
+    } else {
+        (0..=u8::MAX).for_each(|byte| add(byte_character(byte).to_string()));
+        ["ab", "\u{120}ab"]
+            .iter()
+            .for_each(|piece| add((*piece).to_owned()));
+    }
+    let space = if sentence_piece { "\u{2581}" } else { "\u{120}" };
+    let special = ["<pad>", "<eos>", "<bos>", "<unk>"].iter().enumerate();
+    let added: Vec<Value> = special
+        .map(|(id, content)| {
+            json!({
+                "id": id, "content": content, "special": true, "normalized": false,
+                "single_word": false, "lstrip": false, "rstrip": false,
+            })
+        })
+        .collect();
+    let mut json = json!({
+        "version": "1.0",
+        "added_tokens": added,
+        "model": {
+            "type": "BPE", "vocab": vocabulary, "merges": [["a", "b"], [space, "ab"]],
+            "byte_fallback": sentence_piece, "fuse_unk": sentence_piece, "unk_token": "<unk>",
+        },
+    });
+    for (key, value) in parts.as_object().unwrap() {
+        json[key] = value.clone();
+    }
+    json
+}
+
+fn split(pattern: &str) -> Value {
+    json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false})
+}
+
+/// Normalizers, cuts and decoders as the families' own files have them.
+#[rstest]
+#[case::gemma(true, json!({
+    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"},
+    "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": false},
+    "decoder": {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "},
+        {"type": "ByteFallback"}, {"type": "Fuse"},
+    ]},
+}), &["ab", "\u{2581}ab", "\n", "1", "<0xE2>", "<0x82>", "<0xAC>"])]
+#[case::phi3_and_llama2(true, json!({
+    "normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "\u{2581}"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"},
+    ]},
+    "pre_tokenizer": null,
+    "decoder": {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "},
+        {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]},
+}), &["\u{2581}ab", "\u{2581}ab", "\n", "1", "<0xE2>", "<0x82>", "<0xAC>"])]
+#[case::mistral(true, json!({
+    "normalizer": null,
+    "pre_tokenizer": {"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "first", "split": false},
+    "decoder": {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "},
+        {"type": "ByteFallback"}, {"type": "Fuse"},
+    ]},
+}), &["\u{2581}ab", "\u{2581}ab", "\n", "1", "<0xE2>", "<0x82>", "<0xAC>"])]
+#[case::qwen(false, json!({
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        split(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
+        {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
+    ]},
+    "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
+}), &["ab", "\u{120}ab", "\u{10a}", "1", "\u{e2}", "\u{124}", "\u{ac}"])]
+#[case::llama3_smollm3_and_olmo2(false, json!({
+    "normalizer": null,
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        split(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
+        {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false},
+    ]},
+    "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+}), &["ab", "\u{120}ab", "\u{10a}", "1", "\u{e2}", "\u{124}", "\u{ac}"])]
+fn the_families_own_tokenizers_encode_and_come_back(
+    #[case] sentence_piece: bool,
+    #[case] parts: Value,
+    #[case] pieces: &[&str],
+) {
+    let json = family_json(sentence_piece, parts).to_string();
+    let tokenizer = Tokenizer::from_json(json.as_bytes(), Some("<bos>"), Some("<eos>")).unwrap();
+    let text = "ab ab\n1€";
+    let tokens = tokenizer.encode(text, true);
+    let found: Vec<String> = tokens
+        .iter()
+        .map(|token| tokenizer.piece(*token).unwrap())
+        .collect();
+    assert_eq!(found, pieces);
+    assert_eq!(tokenizer.decode(&tokens, true), text);
+    assert_eq!(tokenizer.encode("<bos>ab", true)[0], 2);
+    assert!(tokenizer.is_special(2) && !tokenizer.is_special(tokens[0]));
 }

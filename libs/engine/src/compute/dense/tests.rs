@@ -98,7 +98,11 @@ fn epilogues_add_and_gate() {
     let matrix = Matrix::pack(&view, true).expect("memory");
     let row: Vec<f32> = (0..COLS).map(|col| x(0, col)).collect();
     for isa in Isa::available() {
-        for (epilogue, old) in [(Epilogue::Add, 0.75f32), (Epilogue::SiluGate, -1.5)] {
+        for (epilogue, old) in [
+            (Epilogue::Add, 0.75f32),
+            (Epilogue::SiluGate, -1.5),
+            (Epilogue::GeluGate, -0.5),
+        ] {
             let mut out = vec![old; OUTPUTS];
             let shared = Shared::new(&mut out);
             let target = Target {
@@ -112,6 +116,8 @@ fn epilogues_add_and_gate() {
                 let product = chain(0, output);
                 let expected = match epilogue {
                     Epilogue::Add => old + product,
+                    // gelu(-0.5) by its definition in double precision.
+                    Epilogue::GeluGate => -0.154_286 * product,
                     _ => old / (1.0 + (-old).exp()) * product,
                 };
                 assert!(
@@ -119,6 +125,95 @@ fn epilogues_add_and_gate() {
                     "{isa:?}: {found}, not {expected}"
                 );
             }
+        }
+    }
+}
+
+/// Every code that is a number, with columns and rows that are no whole blocks.
+fn scaled_weight(output: usize, col: usize) -> u8 {
+    let code = ((output * 131 + col * 17) % 0x7f) as u8;
+    code | ((output + col) as u8 & 1) << 7
+}
+
+const SCALED_OUTPUTS: usize = 150;
+const SCALED_COLS: usize = 270;
+
+fn scale_of(shape: [usize; 2], output: usize, block: usize) -> f32 {
+    let scale = |index: usize| 0.01 + 0.003 * index as f32;
+    match shape {
+        [1, 1] => scale(0),
+        [_, 1] => scale(output),
+        [_, blocks] => scale(output / SCALE_BLOCK * blocks + block),
+    }
+}
+
+/// The definition: a chain over 128 columns, and a chain of the scaled sums; or, widened, one chain over the scaled weights.
+fn scaled_chain(shape: [usize; 2], output: usize, exact: bool) -> f32 {
+    let mut sum = 0.0f32;
+    for block in 0..SCALED_COLS.div_ceil(SCALE_BLOCK) {
+        let scale = scale_of(shape, output, block);
+        let mut of_block = 0.0f32;
+        for col in block * SCALE_BLOCK..SCALED_COLS.min((block + 1) * SCALE_BLOCK) {
+            let weight = f8_e4m3(scaled_weight(output, col));
+            if exact {
+                sum = x(3, col).mul_add(weight * scale, sum);
+            } else {
+                of_block = x(3, col).mul_add(weight / F8_E4M3_UNIT, of_block);
+            }
+        }
+        if !exact {
+            sum = (scale * F8_E4M3_UNIT).mul_add(of_block, sum);
+        }
+    }
+    sum
+}
+
+#[rstest::rstest]
+#[case([1, 1])]
+#[case([SCALED_OUTPUTS, 1])]
+#[case([2, 3])]
+fn fp8_weights_have_the_scales_of_their_matrix_row_or_block(#[case] shape: [usize; 2]) {
+    let codes: Vec<u8> = (0..SCALED_OUTPUTS)
+        .flat_map(|output| (0..SCALED_COLS).map(move |col| scaled_weight(output, col)))
+        .collect();
+    let view = TensorView {
+        format: TensorFormat::F8E4M3,
+        rows: SCALED_OUTPUTS,
+        cols: SCALED_COLS,
+        bytes: &codes,
+    };
+    let count = shape[0] * shape[1];
+    let scales: Vec<u8> = (0..count)
+        .flat_map(|index| (0.01 + 0.003 * index as f32).to_le_bytes())
+        .collect();
+    let scales = TensorView {
+        format: TensorFormat::F32,
+        rows: shape[0],
+        cols: shape[1],
+        bytes: &scales,
+    };
+    let row: Vec<f32> = (0..SCALED_COLS).map(|col| x(3, col)).collect();
+    for (exact, isa) in [false, true]
+        .into_iter()
+        .flat_map(|exact| Isa::available().into_iter().map(move |isa| (exact, isa)))
+    {
+        let matrix = Matrix::pack_scaled(&view, &scales, exact).expect("memory");
+        let mut out = vec![f32::NAN; SCALED_OUTPUTS];
+        let shared = Shared::new(&mut out);
+        let target = Target {
+            out: &shared,
+            stride: SCALED_OUTPUTS,
+            first_column: 0,
+            epilogue: Epilogue::Store,
+        };
+        multiply(isa, &matrix, 0..10, Activations::Dense(&row), 0..1, &target);
+        for (output, found) in out.iter().enumerate() {
+            let expected = scaled_chain(shape, output, exact);
+            assert_eq!(
+                found.to_bits(),
+                expected.to_bits(),
+                "{shape:?}, {isa:?}, output {output}"
+            );
         }
     }
 }

@@ -87,3 +87,55 @@ fn rows_of_any_width_are_added_and_halved() {
         }
     }
 }
+
+#[test]
+fn a_soft_cap_follows_its_formula_for_any_width() {
+    for width in [1, 16, 21, 64] {
+        let x: Vec<f32> = (0..width).map(|i| (i as f32 - 20.0) * 1.7).collect();
+        let mut expected = x.clone();
+        soft_cap_row(Isa::SCALAR, &mut expected, 5.0);
+        for (x, y) in x.iter().zip(&expected) {
+            let exact = 5.0 * (f64::from(*x) / 5.0).tanh();
+            assert!(
+                (f64::from(*y) - exact).abs() < 2e-6,
+                "{x} became {y}, not {exact}"
+            );
+        }
+        for isa in Isa::available() {
+            let mut out = x.clone();
+            soft_cap_row(isa, &mut out, 5.0);
+            assert_eq!(out, expected, "{isa:?}, width {width}");
+        }
+    }
+}
+
+#[test]
+fn softmax_follows_its_formula_for_any_width() {
+    for width in [1, 8, 16, 60, 128] {
+        let x: Vec<f32> = (0..width).map(|i| (i as f32 * 0.9).sin() * 6.0).collect();
+        let total: f64 = x.iter().map(|x| f64::from(*x).exp()).sum();
+        let mut expected = x.clone();
+        softmax_row(Isa::SCALAR, &mut expected);
+        for (x, y) in x.iter().zip(&expected) {
+            assert!((f64::from(*y) - f64::from(*x).exp() / total).abs() < 1e-6);
+        }
+        for isa in Isa::available() {
+            let mut out = x.clone();
+            softmax_row(isa, &mut out);
+            assert_eq!(out, expected, "{isa:?}, width {width}");
+        }
+    }
+}
+
+#[test]
+fn weighted_rows_are_added_by_fused_multiply_adds() {
+    for width in [1, 16, 19, 40] {
+        let x: Vec<f32> = (0..width).map(|i| i as f32 / 3.0).collect();
+        for isa in Isa::available() {
+            let mut sum = vec![0.7; width];
+            add_weighted(isa, &mut sum, 0.3, &x);
+            let expected: Vec<f32> = x.iter().map(|x| 0.3f32.mul_add(*x, 0.7)).collect();
+            assert_eq!(sum, expected, "{isa:?}, width {width}");
+        }
+    }
+}
