@@ -32,6 +32,10 @@ fn queries() -> Vec<f32> {
 
 /// KV of all tokens; every slot beyond is NaN.
 fn pool() -> (Pool, Vec<BlockId>) {
+    pool_of(TOKENS)
+}
+
+fn pool_of(tokens: usize) -> (Pool, Vec<BlockId>) {
     let layout = KvLayout {
         layers: 1,
         kv_heads: KV_HEADS,
@@ -39,7 +43,7 @@ fn pool() -> (Pool, Vec<BlockId>) {
         block_tokens: 32,
         dtype: KvDtype::F32,
     };
-    let count = layout.blocks_for(TOKENS);
+    let count = layout.blocks_for(tokens);
     let memory = Arc::new(OwnMemory::allocate(count * layout.block_bytes()).expect("memory"));
     let pool = Pool::new(Arc::clone(&memory) as _, layout).expect("host memory");
     let blocks: Vec<BlockId> = (0..count as u32).map(BlockId).collect();
@@ -55,7 +59,7 @@ fn pool() -> (Pool, Vec<BlockId>) {
                 .map(|i| f(token, i / HEAD_DIM, i % HEAD_DIM))
                 .collect()
         };
-        let (k, v) = if token < TOKENS {
+        let (k, v) = if token < tokens {
             (of(k), of(v))
         } else {
             (nan.clone(), nan.clone())
@@ -211,4 +215,66 @@ fn check_bits(kind: (Option<usize>, Option<f32>)) {
             );
         }
     }
+}
+
+/// Bytes of a thread's working memory.
+fn scratch_bytes(scratch: &Scratch) -> usize {
+    let Scratch {
+        queries,
+        keys,
+        values,
+        scores,
+        segment,
+        joined,
+    } = scratch;
+    let of_partial = |partial: &Partial| {
+        let floats = partial.greatest.capacity() + partial.total.capacity() + partial.values.capacity();
+        floats * size_of::<f32>()
+    };
+    queries.capacity() * size_of::<[f32; GROUP]>()
+        + keys.capacity() * size_of::<[f32; PANEL]>()
+        + values.capacity() * size_of::<f32>()
+        + scores.capacity() * size_of::<[f32; SEGMENT]>()
+        + of_partial(segment)
+        + of_partial(joined)
+}
+
+#[test]
+fn at_8k_positions_a_row_is_the_naive_one_and_takes_no_more_memory() {
+    let mut bytes = Vec::new();
+    for context in [1024, 8192] {
+        let (pool, blocks) = pool_of(context);
+        let query: Vec<f32> = (0..KV_HEADS * PER_KV * HEAD_DIM)
+            .map(|i| 0.7 * noise(i * 3))
+            .collect();
+        let tile = Tile {
+            queries: &query,
+            ..tile(&pool, &blocks, &[], 1, 0, 1)
+        };
+        let tile = Tile {
+            position: context - 1,
+            ..tile
+        };
+        let mut scratch = Scratch::default();
+        let mut out = Rows(vec![vec![0.0; PER_KV * HEAD_DIM]]);
+        attend(Isa::detect(), &tile, &mut scratch, &mut out);
+        bytes.push(scratch_bytes(&scratch));
+        for head in 0..PER_KV {
+            let query = &query[(PER_KV + head) * HEAD_DIM..][..HEAD_DIM];
+            let score = |token: usize| -> f64 {
+                (0..HEAD_DIM)
+                    .map(|dim| f64::from(query[dim]) * f64::from(k(token, 1, dim)))
+                    .sum()
+            };
+            let weights: Vec<f64> = (0..context).map(|token| score(token).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            for dim in 0..HEAD_DIM {
+                let sum = |(token, weight): (usize, &f64)| weight * f64::from(v(token, 1, dim));
+                let expected = weights.iter().enumerate().map(sum).sum::<f64>() / total;
+                let found = f64::from(out.0[0][head * HEAD_DIM + dim]);
+                assert!((found - expected).abs() < 1e-4, "{found}, not {expected}");
+            }
+        }
+    }
+    assert_eq!(bytes[0], bytes[1]);
 }
