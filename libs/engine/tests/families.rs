@@ -25,6 +25,9 @@ const EXACT: f32 = 1e-3;
 /// was measured at a deviation of 1, and 1.3e-2 at 16.
 const FAST: f32 = 3e-3;
 
+/// Of the logits' deviation: 8 bits round a column by up to 1/254 of its block's greatest.
+const QUANTISED: f64 = 0.05;
+
 /// A prompt, some of its rows, and the reference's logits of each.
 struct Prompt {
     tokens: Vec<Token>,
@@ -134,6 +137,31 @@ fn every_family_has_a_reference() {
     for family in &FAMILIES {
         assert!(reference(family.name).exists(), "{}", family.name);
     }
+}
+
+/// Activations are rounded to 8 bits, twice where it matters: a wrong scale or a row of another's would show as whole logits.
+#[rstest::rstest]
+fn fast_stays_near_exact_where_weights_are_quantised(
+    #[values(
+        "llama", "mixtral", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "smollm3", "olmo2"
+    )]
+    family: &'static str,
+) {
+    let tokens: Vec<Token> = (0..100).map(|i| (i * i * 31 + 7) % 320).collect();
+    let model = TinyModel {
+        format: TensorFormat::Q8_0,
+        ..TinyModel::of(family)
+    };
+    let exact = logits(&load_gguf(&model, Precision::Exact), &tokens);
+    let fast = logits(&load_gguf(&model, Precision::Fast), &tokens);
+    let (mut squares, mut errors) = (0.0f64, 0.0f64);
+    for (exact, fast) in exact.iter().flatten().zip(fast.iter().flatten()) {
+        squares += f64::from(*exact).powi(2);
+        errors += f64::from(exact - fast).powi(2);
+    }
+    let relative = (errors / squares).sqrt();
+    println!("{family}: Q8_0 fast within {relative:.4} of exact");
+    assert!(relative < QUANTISED, "{family}: {relative}");
 }
 
 #[test]

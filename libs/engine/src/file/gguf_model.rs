@@ -86,6 +86,7 @@ pub(super) fn config(gguf: &Gguf) -> Result<ModelConfig, LoadError> {
         keys.positive("rope.freq_base")?.unwrap_or(ROPE_THETA_DEFAULT),
         scaling,
     );
+    keys.refuse_other_rotation(family)?;
     let local_theta = keys
         .positive("rope.freq_base_swa")?
         .unwrap_or(LOCAL_THETA_DEFAULT);
@@ -255,6 +256,20 @@ impl<'a> Keys<'a> {
         Ok(Some(experts))
     }
 
+    /// A base of layers with a window is for families that have one.
+    fn refuse_other_rotation(&self, family: &Family) -> Result<(), LoadError> {
+        let (local, base) = (
+            self.positive("rope.freq_base_swa")?,
+            self.positive("rope.freq_base")?,
+        );
+        match local {
+            Some(theta) if !family.local_rope && local != base => {
+                Err(self.unsupported(format!("{} = {theta}", self.name("rope.freq_base_swa"))))
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
     fn attention_scale(&self, dimensions: &Dimensions) -> Result<f32, LoadError> {
         if let Some(scale) = self.positive("attention.scale")? {
             return Ok(scale as f32);
@@ -276,7 +291,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// The window and its layers. A window that the context never fills is none.
+    /// The window and its layers. A window that the context never fills is none, unless its layers rotate differently.
     fn window(&self, family: &Family, dimensions: &Dimensions) -> Result<Option<Window>, LoadError> {
         const PATTERN: &str = "attention.sliding_window_pattern";
         let key = "attention.sliding_window";
@@ -295,11 +310,19 @@ impl<'a> Keys<'a> {
             (Some(Value::Unsigned(_) | Value::Signed(_)), _) => LayerSet::AllBut(self.size(PATTERN)?),
             (Some(_), _) => LayerSet::Listed(self.gguf.bools(&self.name(PATTERN))?.unwrap_or_default()),
         };
+        if let LayerSet::Listed(listed) = &layers
+            && listed.len() != dimensions.layers
+        {
+            let expected = format!("{} layers long", dimensions.layers);
+            return Err(self.refused(PATTERN, listed.len(), &expected));
+        }
         match tokens {
             Some(tokens) if layers == LayerSet::None => {
                 Err(self.unsupported(format!("{} = {tokens}", self.name(key))))
             }
-            Some(tokens) if tokens < dimensions.context_tokens_max => Ok(Some(Window { tokens, layers })),
+            Some(tokens) if tokens < dimensions.context_tokens_max || family.local_rope => {
+                Ok(Some(Window { tokens, layers }))
+            }
             Some(_) | None => Ok(None),
         }
     }

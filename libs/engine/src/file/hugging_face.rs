@@ -224,7 +224,7 @@ impl Directory {
                 }
             }
             // A number of layers beyond what is there is reported by the first missing weight.
-            if !found.contains_key(&format!("blk.{layer}.ffn_down.weight")) {
+            if !found.contains_key(&format!("blk.{layer}.attn_output.weight")) {
                 break;
             }
         }

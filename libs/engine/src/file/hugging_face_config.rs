@@ -204,13 +204,14 @@ fn refuse_other_quantisations(config: &Object) -> Result<(), LoadError> {
             ("fmt", &["e4m3".into()]),
             ("weight_block_size", std::slice::from_ref(&block)),
         ],
-        Some("compressed-tensors") => &[
-            ("format", &["float-quantized".into()]),
-            ("kv_cache_scheme", &[]),
-            ("sparsity_config", &[Value::Object(serde_json::Map::new())]),
-        ],
+        Some("compressed-tensors") => &[("format", &["float-quantized".into()]), ("kv_cache_scheme", &[])],
         other => return Err(config.unsupported(format!("{KEY} with quant_method {other:?}"))),
     };
+    let sparsity = quantisation.object("sparsity_config")?;
+    let sparsity = sparsity.as_ref().and_then(|sparsity| sparsity.value("format"));
+    if let Some(format) = sparsity.filter(|format| **format != "dense") {
+        return Err(config.unsupported(format!("{KEY}.sparsity_config.format = {format}")));
+    }
     for (key, values) in admitted {
         if let Some(value) = quantisation.value(key).filter(|value| !value.is_null())
             && !values.contains(value)
@@ -221,7 +222,7 @@ fn refuse_other_quantisations(config: &Object) -> Result<(), LoadError> {
     Ok(())
 }
 
-/// The window and its layers. A window that the context never fills is none.
+/// The window and its layers. A window that the context never fills is none, unless its layers rotate differently.
 fn window(
     config: &Object,
     family: &Family,
@@ -257,7 +258,7 @@ fn window(
         return Ok(None);
     }
     match (tokens, &set) {
-        (Some(tokens), _) if tokens >= context_tokens_max => Ok(None),
+        (Some(tokens), _) if tokens >= context_tokens_max && !family.local_rope => Ok(None),
         (Some(tokens), _) if family.windows == Windows::None => {
             Err(config.unsupported(format!("a sliding window of {tokens} tokens")))
         }

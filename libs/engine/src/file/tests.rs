@@ -642,6 +642,12 @@ fn windows_and_rotations_are_by_layer() {
         [0, 1, 2, 3].map(|layer| smollm3.unrotated.contains(layer)),
         [false, false, false, true]
     );
+    // Its layers rotate differently also if no sequence fills the window.
+    let short = of_family("gemma3", json!({"max_position_embeddings": 32}))
+        .unwrap()
+        .config()
+        .clone();
+    assert_eq!([0, 5].map(|layer| short.window_of(layer)), [Some(48), None]);
     let gemma3 = config("gemma3");
     assert_eq!(
         (gemma3.rope.theta, gemma3.local_rope.unwrap().theta),
@@ -769,6 +775,7 @@ fn fp8(changes: Value, remove: Option<&str>) -> Result<ModelFile, LoadError> {
 #[case(json!({"weight_block_size": [64, 64]}), None, "quantization_config.weight_block_size = [64,64]")]
 #[case(json!({"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}), None, "kv_cache_scheme")]
 #[case(json!({"quant_method": "compressed-tensors", "format": "pack-quantized"}), None, "\"pack-quantized\"")]
+#[case(json!({"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}}), None, "bitmask")]
 #[case(json!({}), Some("mlp.up_proj.weight_scale_inv"), "up_proj.weight_scale or")]
 fn fp8_that_is_something_else_is_refused(
     #[case] changes: Value,
