@@ -20,8 +20,7 @@ import subprocess
 import sys
 import tempfile
 
-from bench import machine, table
-from pages import replace_between
+from pages import VECTORS, machine, replace_between, table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -140,7 +139,7 @@ def main():
         mine = statistics.median(own(mine) for mine, _ in pairs)
         theirs = statistics.median(theirs[peer]["avg"] for _, theirs in pairs)
         rows.append([name, f"{mine:.2f}", f"{theirs:.2f}", f"{mine / theirs:.3f}"])
-    section = f"""Measured by `scripts/bench_aiperf.py` on {machine()}: one decode node on a core of its own, {pathlib.Path(arguments.model).name}, chat over HTTP, {arguments.concurrency}
+    section = f"""Measured by `scripts/bench_aiperf.py` on {machine(VECTORS)}: one decode node on a core of its own, {pathlib.Path(arguments.model).name}, chat over HTTP, {arguments.concurrency}
 requests at a time, {arguments.requests} per run, {arguments.input_tokens} + {arguments.output_tokens} tokens; medians of {arguments.rounds} runs of each ({PACKAGES[0]}) in turns. {errors} errors.
 
 {table(["", "perigee bench", "AIPerf", "ratio"], rows)}

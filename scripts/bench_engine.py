@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import re
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ import tarfile
 import time
 import urllib.request
 
-from pages import replace_between
+from pages import VECTORS, machine, replace_between, table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -147,19 +146,6 @@ def measure_roofline(threads, weight_bytes):
     return {row["what"]: row["giga_per_second"] for row in map(json.loads, lines)}
 
 
-def machine():
-    info = pathlib.Path("/proc/cpuinfo").read_text()
-    name = re.search(r"model name\s*: (.*)", info).group(1)
-    flags = set(re.search(r"flags\s*: (.*)", info).group(1).split())
-    features = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16") if name in flags]
-    return f"{os.cpu_count()} cores of {name} ({', '.join(features)}), {platform.system()} {platform.release()}"
-
-
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def ratio(mine, peer):
     return f"{mine / peer:.2f}" if peer else "-"
 
@@ -223,7 +209,7 @@ def main():
         for path, best in formats.values():
             measure_prefill(best, binaries, path, arguments.threads)
     model = pathlib.Path(arguments.model).name
-    section = f"""Measured by `make bench-engine` on {machine()}, {arguments.threads} threads, {model}, best of {arguments.rounds} rounds in turns.
+    section = f"""Measured by `make bench-engine` on {machine(VECTORS)}, {arguments.threads} threads, {model}, best of {arguments.rounds} rounds in turns.
 
 {speeds(ours, theirs, {name: best for name, (_, best) in formats.items()})}
 

@@ -9,8 +9,8 @@ import pathlib
 import statistics
 import subprocess
 
-from bench_engine import PAGE, ROOT, TARGET, machine, output, run, table
-from pages import replace_between
+from bench_engine import PAGE, ROOT, TARGET, output, run
+from pages import VECTORS, machine, replace_between, table
 
 # About 170, 470, 1,000 and 2,000 tokens.
 HANDOFF_WORDS = (80, 350, 730, 1400)
@@ -81,7 +81,7 @@ def main():
     arguments = parser.parse_args()
     run("cargo", "build", "--release", "--locked", "-p", "perigee", cwd=ROOT)
     handoff = measure_handoff(arguments.model, arguments.rounds)
-    section = f"""Measured by `make bench-handoff` on {machine()}, {pathlib.Path(arguments.model).name}.
+    section = f"""Measured by `make bench-handoff` on {machine(VECTORS)}, {pathlib.Path(arguments.model).name}.
 
 One prefill and one decode process on this machine, in turns with one process that does both; one request at a time, medians of
 {arguments.rounds} prompts. Transfers are written layer by layer while the next layer is computed. "Added outside of prefill" is

@@ -17,8 +17,8 @@ import sys
 import time
 import urllib.request
 
-from bench_transfer import Criterion, absences, claims_table, machine, median, table
-from pages import replace_between
+from bench_transfer import Criterion, absences, claims_table, median
+from pages import machine, replace_between, table
 from transfer_subjects import PEERS, ROOT, TARGET, Unavailable, free_port, processor_seconds_of, run
 
 PAGE = ROOT / "docs" / "performance.md"

@@ -11,15 +11,13 @@ import argparse
 import dataclasses
 import json
 import os
-import pathlib
 import statistics
 import subprocess
 import sys
-import time
 import types
 
-from bench_transfer import Criterion, absences, claims_table, machine, median, size, table
-from pages import replace_between
+from bench_transfer import Criterion, absences, claims_table, median, size
+from pages import machine, replace_between, table
 from transfer_subjects import KIB, MIB, MOONCAKE, PEERS, ROOT, TARGET, Ours, Streams, Unavailable, fetch_wheel, run
 from transfer_subjects import processor_seconds_of, wait_until_listening
 

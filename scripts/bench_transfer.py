@@ -13,14 +13,10 @@ the table says why.
 import argparse
 import dataclasses
 import math
-import os
-import pathlib
-import platform
-import re
 import statistics
 import sys
 
-from pages import replace_between
+from pages import machine, replace_between, table
 from transfer_subjects import KIB, MIB, MOONCAKE, MOONCAKE_BLOCKS, ROOT, run, subjects
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -208,11 +204,6 @@ def lost(samples, name, case):
     return 1 - statistics.median(on[SPEED] / off[SPEED] for off, on in pairs)
 
 
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def claims_table(claims):
     return table(["claim", "median of the cases", "worst case", "which", ""], [claim.row() for claim in claims])
 
@@ -292,12 +283,6 @@ def plot(samples, names, wanted):
         parts += [f'<circle cx="{at:.1f}" cy="{value:.1f}" r="3" fill="{colour}"/>' for at, value in points]
         parts.append(f'<text x="{left + width + 20}" y="{top + 14 + 18 * row}" fill="{colour}">{name}</text>')
     return "\n".join([*parts, "</svg>\n"])
-
-
-def machine():
-    info = pathlib.Path("/proc/cpuinfo").read_text()
-    name = re.search(r"model name\s*: (.*)", info).group(1)
-    return f"{os.cpu_count()} cores of {name}, {platform.system()} {platform.release()}"
 
 
 def section(samples, found, missing, ucx, arguments, wanted):
