@@ -107,46 +107,38 @@ async fn change(
 
 impl Change {
     fn flipped(&self) -> View {
-        let Self { id, was, role, took } = self;
-        self.view(match was == role {
-            true => format!("{id} is a {role} node already"),
-            false => format!(
-                "{id} was a {was} node and is a {role} node, after {} ms",
-                took.as_millis()
-            ),
-        })
+        let Self { was, role, .. } = self;
+        self.view(
+            &format!("is a {role} node"),
+            &format!("was a {was} node and is a {role} node"),
+        )
     }
 
     fn loaded(&self) -> View {
-        let Self { id, was, role, took } = self;
-        self.view(match was == role {
-            true => format!("{id} is a {role} node already"),
-            false => format!(
-                "{id} has loaded its model and is a {role} node, after {} ms",
-                took.as_millis()
-            ),
-        })
+        let role = self.role;
+        self.view(
+            &format!("is a {role} node"),
+            &format!("has loaded its model and is a {role} node"),
+        )
     }
 
     fn unloaded(&self) -> View {
-        let Self { id, was, role, took } = self;
-        self.view(match was == role {
-            true => format!("{id} has no model loaded already"),
-            false => format!(
-                "{id} was a {was} node and holds blocks alone, its model's memory free, after {} ms",
-                took.as_millis()
-            ),
-        })
+        let was = self.was;
+        self.view(
+            "has no model loaded",
+            &format!("was a {was} node and holds blocks alone, its model's memory free"),
+        )
     }
 
-    fn view(&self, line: String) -> View {
+    /// Says of the node what it is, where that is nothing new, or what it has become.
+    fn view(&self, unchanged: &str, changed: &str) -> View {
         let Self { id, was, role, took } = self;
-        let document = json!({
-            "node": id,
-            "was": was.as_str(),
-            "role": role.as_str(),
-            "took_ms": took.as_millis(),
-        });
+        let took_ms = took.as_millis();
+        let line = match was == role {
+            true => format!("{id} {unchanged} already"),
+            false => format!("{id} {changed}, after {took_ms} ms"),
+        };
+        let document = json!({ "node": id, "was": was.as_str(), "role": role.as_str(), "took_ms": took_ms });
         View::line(document, line).named([id])
     }
 }
@@ -154,8 +146,9 @@ impl Change {
 /// What a node of this role is to be.
 fn target(role: Role, to: Option<EngineRole>) -> Result<Role, Error> {
     match (role, to) {
-        (Role::Prefill | Role::Decode, Some(EngineRole::Prefill)) | (Role::Decode, None) => Ok(Role::Prefill),
-        (Role::Prefill | Role::Decode, Some(EngineRole::Decode)) | (Role::Prefill, None) => Ok(Role::Decode),
+        (Role::Prefill | Role::Decode, Some(to)) => Ok(to.role()),
+        (Role::Decode, None) => Ok(Role::Prefill),
+        (Role::Prefill, None) => Ok(Role::Decode),
         (Role::Store, _) => Err(Error::invalid(
             "node",
             "a store has no model loaded: perigee model load does that",
